@@ -1,0 +1,37 @@
+"""A polite end: SIGTERM and Ctrl-C let the step finish, so that the run can save and be resumed."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupt:
+    """Remembers the first SIGINT or SIGTERM while it is entered; a second Ctrl-C stops at once.
+
+        with Interrupt() as interrupt:
+            for step in ...:
+                ...
+                if interrupt.received:
+                    save()
+                    raise SystemExit(interrupt.exit_code)
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What shells expect of a process that a signal ended."""
+        return 128 + (self.received or 0)
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,113 @@
+"""Numbers of a run: to a file always, to a progress bar, to TensorBoard or Weights & Biases when asked."""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kdtune.config import setting
+
+
+@dataclass
+class MetricLoggerConfig:
+    """Where the metrics go besides `output_dir/metrics.jsonl`."""
+
+    tensorboard: bool = False  # also write TensorBoard events to output_dir/tensorboard
+    wandb_project: str | None = setting(None)  # also send to this Weights & Biases project; null: send nothing
+
+
+class MetricLogger:
+    """One JSON object per call in `output_dir/metrics.jsonl`, flushed at once, and the sinks that were asked for."""
+
+    def __init__(self, output_dir: Path, cfg: MetricLoggerConfig, run_config: Mapping[str, Any], resumed_step: int = 0):
+        """
+        Args:
+            output_dir: folder of the run.
+            cfg: the sinks.
+            run_config: the resolved settings, sent to Weights & Biases.
+            resumed_step: a resumed run repeats the steps after its checkpoint; their old lines are dropped.
+
+        Raises:
+            ValueError: a sink was asked for and its package is not installed.
+        """
+        check_sinks(cfg)
+        path = output_dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step] if resumed_step else []
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(kept))
+        aside.replace(path)
+        self._file = path.open("a")
+        self._tensorboard = None
+        self._wandb = None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+        if cfg.wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=cfg.wandb_project, dir=str(output_dir), config=dict(run_config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` at an optimizer step (from 1; 0 is before training)."""
+        # JSON has no NaN: a number that is not finite is written as null.
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_sinks(cfg: MetricLoggerConfig) -> None:
+    """Refuse a sink whose package is not installed, before anything is loaded.
+
+    Raises:
+        ValueError: says what to install.
+    """
+    from importlib.util import find_spec
+
+    wanted = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb_project is not None}
+    for package, asked in wanted.items():
+        if asked and find_spec(package) is None:
+            raise ValueError(
+                f"metric_logger asks for {package}, which is not installed. "
+                f"Install it (pip install 'kdtune[{package}]') or leave it out: metrics.jsonl is always written."
+            )
+
+
+def progress_bar(total: int, initial: int = 0) -> tqdm:
+    """A bar over optimizer steps: done, left, time left; `set_postfix` adds the numbers of the step."""
+    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far: the allocator's on an accelerator, the process's resident set on the CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, kilobytes on Linux
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # A line that a crash cut short is the last one, and belongs to a step that is repeated.
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,75 @@
+"""Checks across models, tokenizers and machine that need no weights, so that a mistake costs seconds and not hours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from kdtune import tokenizers
+from kdtune.memory import format_bytes
+from kdtune.models import ModelConfig
+from kdtune.tokenizers import Tokenizer
+
+
+def check_sequence_length(max_seq_len: int, model: ModelConfig, role: str) -> None:
+    """Refuse rows longer than what `model` was built for.
+
+    Raises:
+        ValueError: gives both numbers.
+    """
+    if max_seq_len > model.max_seq_len:
+        raise ValueError(
+            f"tokenizer.max_seq_len is {max_seq_len}, and the {role} was built for {model.max_seq_len} positions "
+            f"(max_position_embeddings). Beyond them its predictions mean nothing: use at most {model.max_seq_len}."
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, role: str) -> None:
+    """Refuse a tokenizer that can produce ids for which `model` has no embedding.
+
+    Raises:
+        ValueError: gives both sizes.
+    """
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, the {role}'s embedding {model.vocab_size} rows. "
+            f"Some text would have no embedding: use the tokenizer that belongs to the {role}."
+        )
+
+
+def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig) -> None:
+    """Prove that entry i of both distributions means the same token; sizes may differ by padding at the end.
+
+    Raises:
+        ValueError: the tokenizers differ (says where), or a vocabulary is smaller than its tokenizer.
+    """
+    difference = tokenizers.difference(tokenizer, teacher_tokenizer)
+    if difference is not None:
+        raise ValueError(
+            f"Student (vocabulary of {student.vocab_size}) and teacher ({teacher.vocab_size}) do not share a tokenizer: "
+            f"{difference}. The loss compares their distributions entry by entry, so entry i must be the same token in "
+            "both. Use a teacher and a student of one family."
+        )
+    check_vocabulary(tokenizer, student, "student")
+    check_vocabulary(teacher_tokenizer, teacher, "teacher")
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Refuse a run whose checkpoints will not fit.
+
+    Args:
+        folder: where they go; need not exist yet.
+        needed: bytes.
+
+    Raises:
+        ValueError: gives needed and free bytes.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir {folder} will need {format_bytes(needed)} for checkpoints and the finished model, and its disk "
+            f"has {format_bytes(free)} free. Choose another output_dir, or save less (save_every_n_steps=0)."
+        )
