@@ -1,0 +1,474 @@
+"""A recipe's settings: a dataclass <- a YAML file <- key=value, strict.
+
+The dataclass is the documentation: the type, the default and the comment behind each field are what
+`kdtune run <recipe> --help` prints, and nothing that the dataclass does not name is accepted.
+A YAML file cannot import or execute anything, nor read the environment: beside `${other.setting}` it knows
+`${asset:<path>}`, the absolute path of a file that ships with kdtune.
+"""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
+
+__all__ = ["MISSING", "Setting", "describe", "load", "setting", "split_overrides", "to_yaml"]
+
+T = TypeVar("T")
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_NULLS = ("null", "None", "~")
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A field of a config dataclass, with the range of values that it takes.
+
+    Args:
+        default: MISSING (the user must give it) unless said otherwise. Lists, dicts and sections are copied for
+            each instance.
+        gt: the value must be greater than this; `ge`, `lt` and `le` likewise. Elements of a list are held to it
+            one by one; null is always in range.
+    """
+    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
+    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One line of a recipe's help: a setting, or the section that the settings after it belong to."""
+
+    key: str  # full key: optimizer.lr
+    type: str  # as a person writes it: "int", "str or null", "section"
+    default: Any  # MISSING if the user must give it
+    comment: str  # the comment beside the field, or above it
+    range: str  # "> 0, <= 1", or ""
+    choices: tuple[Any, ...]  # the closed list of values, or ()
+
+    @property
+    def is_section(self) -> bool:
+        return self.type.startswith("section")
+
+    @property
+    def required(self) -> bool:
+        return bool(self.default == MISSING)
+
+
+def load(schema: type[T], config: Path | None, overrides: Sequence[str]) -> T:
+    """The settings of one run: the schema's defaults, then the YAML file, then `key=value`, later wins.
+
+    The text of an override is read by the type of its setting: for a text setting it is the value as it stands
+    (quotes around all of it are dropped), for any other it is YAML. `null`, `None` and `~` all mean null; `key=` is
+    the empty text. Maps and sections are merged, lists are replaced.
+
+    Raises:
+        ValueError: unknown keys (with the nearest right one), wrong types, values out of range, settings that are
+            missing, interpolations that lead nowhere, bad YAML; all that are found at once, one per line.
+        FileNotFoundError: no such config file.
+    """
+    _register_asset_resolver()
+    cfg = OmegaConf.structured(schema)
+    problems: list[str] = []
+    if config is not None:
+        _merge(cfg, schema, _read_yaml(config), "", _Reading(schema, f" ({config})", problems))
+    for key, text in split_overrides(overrides):
+        value: Any = _Text(text)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        _merge(cfg, schema, value, "", _Reading(schema, "", problems))
+    _fail_if(problems)
+
+    missing: list[str] = []
+    for key, node, field in _walk(cfg, schema):
+        _check(key, node, field, schema, problems, missing)
+    if missing:
+        problems.append(
+            f"no value for {', '.join(missing)}. The recipe cannot guess {'it' if len(missing) == 1 else 'them'}: "
+            f"give {missing[0]}=... on the command line, or name a config that has it."
+        )
+    _fail_if(problems)
+    return typing.cast(T, OmegaConf.to_object(cfg))
+
+
+def split_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """`key=value` arguments as (key, value); everything after the first `=` is the value.
+
+    Raises:
+        ValueError: an argument of another form, with the form that was probably meant.
+    """
+    pairs = []
+    for i, argument in enumerate(overrides):
+        key, equals, text = argument.partition("=")
+        if equals and re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) and not key.startswith("-"):
+            pairs.append((key, text))
+            continue
+        if argument.startswith("~"):
+            advice = f"A setting cannot be removed; {argument[1:]}=null switches off what can be."
+        elif argument.startswith("--") and equals:
+            advice = f"Did you mean {key.lstrip('-')}={text}?"
+        else:
+            following = overrides[i + 1] if i + 1 < len(overrides) else "..."
+            value = following if argument.startswith("-") and "=" not in following else "..."
+            advice = f"Did you mean {key.strip('-=') or 'key'}={value}?"
+        raise ValueError(f"{argument!r} is no setting: settings are given as key=value. {advice}")
+    return pairs
+
+
+def to_yaml(cfg: object) -> str:
+    """The settings as YAML with every interpolation resolved; `load` reads it back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)
+
+
+def describe(schema: type) -> list[Setting]:
+    """Every setting of a config dataclass in the source's order; a section comes before the settings inside it."""
+    return list(_describe(schema, _instance(schema), ""))
+
+
+# What a schema says.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """A field's annotation, taken apart."""
+
+    name: str
+    type: Any  # without the `| None`
+    optional: bool
+    bounds: Mapping[str, float]
+
+    @property
+    def section(self) -> Any:
+        return self.type if dataclasses.is_dataclass(self.type) else None
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+    @property
+    def is_text(self) -> bool:
+        return self.type is str or (bool(self.choices) and all(isinstance(choice, str) for choice in self.choices))
+
+    @property
+    def is_map(self) -> bool:
+        return typing.get_origin(self.type) is dict or self.type is dict
+
+    def wanted(self) -> str:
+        if self.section:
+            name = "section"
+        elif self.choices:
+            name = "one of " + ", ".join(map(str, self.choices))
+        else:
+            name = (
+                self.type.__name__ if isinstance(self.type, type) and not typing.get_args(self.type) else str(self.type)
+            )
+        return f"{name} or null" if self.optional else name
+
+
+def _fields(schema: Any) -> dict[str, _Field]:
+    hints = typing.get_type_hints(schema)
+    fields = {}
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        inner = hint
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            rest = tuple(arg for arg in typing.get_args(hint) if arg is not type(None))
+            inner = rest[0] if len(rest) == 1 else typing.Union[rest]  # noqa: UP007 (built from a tuple)
+        optional = inner is not hint and type(None) in typing.get_args(hint)
+        fields[field.name] = _Field(field.name, inner, optional, field.metadata)
+    return fields
+
+
+def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, field in _fields(schema).items():
+        yield prefix + name
+        if field.section:
+            yield from _keys(field.section, f"{prefix}{name}.")
+
+
+def _instance(schema: Any) -> Any:
+    """The dataclass with its defaults, MISSING for fields that have none."""
+    bare = [
+        field.name
+        for field in dataclasses.fields(schema)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    return schema(**dict.fromkeys(bare, MISSING))
+
+
+def _describe(schema: Any, defaults: Any, prefix: str) -> Iterator[Setting]:
+    comments = _comments(schema)
+    for name, field in _fields(schema).items():
+        limits = ", ".join(f"{_BOUNDS[bound]} {limit}" for bound, limit in field.bounds.items())
+        default = getattr(defaults, name)
+        key = prefix + name
+        yield Setting(
+            key, field.wanted(), None if field.section else default, comments.get(name, ""), limits, field.choices
+        )
+        if field.section:
+            inner = default if dataclasses.is_dataclass(default) else _instance(field.section)
+            yield from _describe(field.section, inner, f"{key}.")
+
+
+def _comments(schema: Any) -> dict[str, str]:
+    """Comment of each field: behind it (and further in on the lines below), else on the lines right above it."""
+    comments: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = textwrap.dedent(inspect.getsource(typing.cast(type, base)))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        at_line = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
+        alone = {line for line, token in at_line.items() if not token.line[: token.start[1]].strip()}
+        definition = typing.cast(ast.ClassDef, ast.parse(source).body[0])
+        for statement in definition.body:
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            first, last = statement.lineno, statement.end_lineno or statement.lineno
+            lines = [line for line in range(first, last + 1) if line in at_line]
+            if lines:
+                line = last + 1
+                while line in alone and at_line[line].start[1] > statement.col_offset:
+                    lines.append(line)
+                    line += 1
+            else:
+                line = first - 1
+                while line in alone and at_line[line].start[1] == statement.col_offset:
+                    lines.insert(0, line)
+                    line -= 1
+            comments[statement.target.id] = " ".join(at_line[line].string.lstrip("# ").rstrip() for line in lines)
+    return comments
+
+
+# Giving values.
+
+
+class _Text(str):
+    """The right side of an override: what it means depends on the setting's type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """Where values come from, and where complaints about them go."""
+
+    schema: Any  # the whole recipe's, for the nearest right key
+    origin: str  # " (file)", or "" for the command line
+    problems: list[str]
+
+
+def _read_yaml(path: Path) -> Mapping[Any, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No config file {path}.")
+    try:
+        values = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not YAML: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {_first_line(error)}.") from error
+    except OSError as error:
+        # OmegaConf raises a bare OSError for a file that holds a single word or number.
+        raise ValueError(f"{path}: cannot be read as settings: {_first_line(error)}.") from error
+    if isinstance(values, ListConfig):
+        raise ValueError(f"{path}: a config holds lines of the form `key: value`, this is a list.")
+    return typing.cast(Mapping[Any, Any], OmegaConf.to_container(values, resolve=False))
+
+
+def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: str, reading: _Reading) -> None:
+    """Put values into `node`, which is a `section`; what does not fit becomes a line of the reading's problems."""
+    fields = _fields(section)
+    for name, given in values.items():
+        key = f"{prefix}{name}"
+        field = fields.get(name)
+        if field is None:
+            reading.problems.append(f"unknown setting {key}{reading.origin}. {_nearest(key, reading.schema)}")
+            continue
+        value = _parse(given, field)
+        refusal = _refusal(value, field)
+        if refusal is None and field.section and isinstance(value, Mapping):
+            if not OmegaConf.is_interpolation(node, name):
+                if node[name] is None:
+                    node[name] = field.section
+                _merge(node[name], field.section, value, f"{key}.", reading)
+                continue
+            refusal = "is a copy of another section, which is where its values are set"
+        if refusal is None:
+            try:
+                OmegaConf.update(node, name, value, merge=True)
+            except OmegaConfBaseException:
+                refusal = f"wants {field.wanted()}, got {_show(value)}"
+        if refusal:
+            reading.problems.append(f"{key} {refusal}{reading.origin}. {_advice(key, value, field)}".rstrip())
+
+
+def _parse(value: Any, field: _Field) -> Any:
+    if field.is_map and isinstance(value, Mapping):
+        return {name: str(item) if isinstance(item, _Text) else item for name, item in value.items()}
+    if not isinstance(value, _Text):
+        return None if value == "None" else value
+    if value in _NULLS:
+        return None
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if value == "" or (field.is_text and not is_quoted):
+        return str(value)
+    try:
+        # OmegaConf's reader, not yaml.safe_load, for which 1e-3 is a string.
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return str(value)
+    return typing.cast(dict[str, Any], parsed)["value"]
+
+
+def _refusal(value: Any, field: _Field) -> str | None:
+    """What OmegaConf would let through, or would refuse in words about itself."""
+    for text in _strings(value):
+        for resolver in _RESOLVER.findall(text):
+            if resolver != "asset":
+                return f"uses ${{{resolver}:...}}; a config knows ${{other.setting}} and ${{asset:<path>}} only"
+    wanted = f"wants {field.wanted()}, got {_show(value)}"
+    if isinstance(value, Mapping) and not field.section:
+        if not field.is_map:
+            return f"is {field.wanted()} and has no setting {next(iter(value), '{}')} inside"
+        if any(isinstance(item, (Mapping, list)) for item in value.values()):
+            return wanted
+    if field.type is bool and type(value) is int and value not in (0, 1):
+        return wanted
+    if field.is_text and isinstance(value, bool):
+        return f"{wanted}, which YAML reads as true or false: quote it"
+    return None
+
+
+def _advice(key: str, value: Any, field: _Field) -> str:
+    if field.choices:
+        near = difflib.get_close_matches(str(value), map(str, field.choices), 1)
+        return f"Did you mean {near[0]}?" if near else ""
+    if field.section:
+        names = list(_fields(field.section))
+        return f"Set the values inside: {', '.join(f'{key}.{name}' for name in names[:3])} ..."
+    if value == "":
+        return "Write null for no value." if field.optional else ""
+    if typing.get_origin(field.type) is list and isinstance(value, (str, int, float)):
+        return f"Write {key}=[{value}] for a list of one."
+    return ""
+
+
+def _nearest(key: str, schema: Any) -> str:
+    keys = list(_keys(schema))
+    if key in keys:
+        section, _, last = key.rpartition(".")
+        return f"Write {last} under {section}, indented."
+    if key.endswith("_component_"):
+        return "kdtune configs name no classes: a choice is a name out of a closed list (--help lists them)."
+    last = key.rpartition(".")[2]
+    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(key, keys, 1)
+    if not near:
+        by_last = {known.rpartition(".")[2]: known for known in reversed(keys)}
+        near = [by_last[name] for name in difflib.get_close_matches(last, by_last, 1)]
+    return f"Did you mean {' or '.join(near[:3])}?" if near else "--help lists the settings."
+
+
+# Looking at the result.
+
+
+def _walk(node: DictConfig, schema: Any, prefix: str = "") -> Iterator[tuple[str, DictConfig, _Field]]:
+    for name, field in _fields(schema).items():
+        key = prefix + name
+        if field.section and not OmegaConf.is_interpolation(node, name):
+            if node[name] is not None:
+                yield from _walk(node[name], field.section, f"{key}.")
+        else:
+            yield key, node, field
+
+
+def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: list[str], missing: list[str]) -> None:
+    if OmegaConf.is_missing(node, field.name):
+        missing.append(key)
+        return
+    written = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))[field.name]
+    try:
+        value = node[field.name]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+    except InterpolationToMissingValueError:
+        return  # reported as the missing setting that it is
+    except InterpolationKeyError:
+        names = [name for text in _strings(written) for name in re.findall(r"\$\{([\w.]+)\}", text)]
+        unknown = [name for name in names if name not in _keys(schema)]
+        advice = _nearest(unknown[0], schema) if unknown else "It lies in a section that is null."
+        problems.append(f"{key}={_show(written)} leads nowhere. {advice}")
+        return
+    except OmegaConfBaseException as error:
+        reason = _first_line(error).removeprefix("ValueError raised while resolving interpolation: ")
+        problems.append(f"{key} wants {field.wanted()}, got {_show(written)}: {reason}.")
+        return
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (int, float)) and not all(_holds(item, *bound) for bound in field.bounds.items()):
+            limits = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in field.bounds.items())
+            problems.append(f"{key} must be {limits}, got {_show(item)}.")
+
+
+def _holds(value: float, bound: str, limit: float) -> bool:
+    # Written so that NaN holds no bound.
+    return {"gt": value > limit, "ge": value >= limit, "lt": value < limit, "le": value <= limit}[bound]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _fail_if(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _register_asset_resolver() -> None:
+    OmegaConf.register_resolver("asset", _asset, replace=True)
+
+
+def _asset(path: str) -> str:
+    found = (ASSETS / path).resolve()
+    if not found.is_relative_to(ASSETS) or not found.exists():
+        shipped = sorted(file.relative_to(ASSETS).as_posix() for file in ASSETS.rglob("*") if file.is_file())
+        near = difflib.get_close_matches(path, [*shipped, *{Path(name).parent.as_posix() for name in shipped}], 1)
+        raise ValueError(f"kdtune ships no {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    return str(found)
