@@ -1,0 +1,289 @@
+"""Hugging Face folders in and out: `config.json`, safetensors weights, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
+from kdtune.models import Decoder, ModelConfig, from_hf_config, parameter_shapes
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_SIZE = 5 * 10**9  # bytes, as the hub recommends
+
+# What belongs to a checkpoint besides weights and config.json; copied as it is.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Tables that old exporters stored among the weights; computed here.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no `config.json` in it.
+        ValueError: not a JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        message = f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors."
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            message += f" If this is a name on the Hugging Face hub, fetch it first: kdtune download {folder}"
+        raise FileNotFoundError(message)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so its architecture is unknown. Is it the right folder?")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download it again, or correct it.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, and should hold a JSON object.")
+    return config
+
+
+def select_layers(config: Mapping[str, Any], keep_layers: Sequence[int] | None) -> dict[str, Any]:
+    """The `config.json` of a model that has only some layers of another; None keeps all.
+
+    Raises:
+        ValueError: not an increasing list of layers that the model has.
+    """
+    config = dict(config)
+    if keep_layers is None:
+        return config
+    total = config["num_hidden_layers"]
+    kept = list(keep_layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
+        raise ValueError(
+            f"keep_layers={kept} must name layers of the model in increasing order, each once: it has 0 to {total - 1}."
+        )
+    config["num_hidden_layers"] = len(kept)
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][index] for index in kept]
+    if config.get("max_window_layers") is not None:  # the first so many layers have no sliding window
+        config["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept)
+    return config
+
+
+def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Prove that the folder holds the weights of `config` completely, reading headers alone.
+
+    Args:
+        folder: the checkpoint.
+        config: its own architecture, as from its `config.json` (all layers).
+
+    Returns:
+        Where each parameter is stored, by name.
+
+    Raises:
+        FileNotFoundError: no weights in safetensors, or a shard is missing.
+        ValueError: a truncated file; a tensor that is missing, unexpected, of another shape or not floating point.
+    """
+    folder = Path(folder)
+    stored: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        stored |= read_header(file)
+    shapes = parameter_shapes(config)
+    ignored = {name for name in stored if _IGNORED.search(name)}
+    if config.tie_embeddings:
+        ignored.add("lm_head.weight")  # some exporters write the tied head too
+    if missing := [name for name in shapes if name not in stored]:
+        raise ValueError(
+            f"{folder} lacks {_some(missing)}, which its config.json calls for. Either a download was incomplete, or "
+            "config.json belongs to another model."
+        )
+    if unexpected := [name for name in stored if name not in shapes and name not in ignored]:
+        raise ValueError(
+            f"{folder} has {_some(unexpected)}, for which the model of its config.json has no place. Leaving out "
+            "trained weights would change the model: check model_type, num_hidden_layers and the bias settings there."
+        )
+    for name, shape in shapes.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {list(stored[name].shape)}, and config.json calls for {list(shape)}. "
+                "The two belong to different models."
+            )
+        if stored[name].dtype not in DTYPES:
+            raise ValueError(
+                f"{folder}: {name} is stored as {stored[name].dtype}, and kdtune reads {', '.join(DTYPES)}. "
+                "Use the checkpoint before its quantisation."
+            )
+    return {name: stored[name] for name in shapes}
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    keep_layers: Sequence[int] | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> Decoder:
+    """Build the model of a folder and fill it, never holding more than it plus a small buffer.
+
+    Args:
+        folder: a Hugging Face checkpoint; `config.json` is enough for `random_weights`.
+        dtype: of the weights in memory, whatever the files have.
+        device: where each weight is put as soon as it is read.
+        keep_layers: layers of the folder's model to keep, increasing; the first becomes layer 0. None: all.
+        random_weights: draw the weights instead of reading them: normal with the config's `initializer_range`, norms
+            1, biases 0.
+        seed: of `random_weights`; the same weights on any device, and no global random state is touched.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers` and `check_files`.
+    """
+    hf_config = read_config(folder)
+    config = from_hf_config(select_layers(hf_config, keep_layers))
+    stored = {} if random_weights else check_files(folder, from_hf_config(hf_config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = Decoder(config)
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if random_weights:
+            _draw(name, weight, config.initializer_range, generator)
+        else:
+            read_into(stored[_name_in_folder(name, keep_layers)], weight)
+        _assign(model, name, weight)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def save_model(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    source: str | Path | None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder that this module, transformers and everything compatible with it can open.
+
+    Args:
+        model: its weights are written in the dtype they have.
+        folder: new or empty; made if need be.
+        config: the `config.json` that the model was built from (after `select_layers`); its dtype is set to the model's.
+        source: folder whose tokenizer files and generation config are copied, as far as they exist. None: none.
+        max_shard_size: bytes; weights beyond it are spread over several files with an index.
+    """
+    from safetensors.torch import save_file
+
+    assert from_hf_config(config) == model.config, "config describes another model"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        copy_companions(source, folder)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", {**config, dtype_key: dtype})
+
+    shards = _split(weights, max_shard_size)
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file_name, shard in zip(names, shards, strict=True):
+        tensors = {name: weights[name].cpu().contiguous() for name in shard}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        total_size = sum(weight.nbytes for weight in weights.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def copy_companions(source: str | Path, folder: str | Path) -> None:
+    """Copy tokenizer files and generation config, as far as `source` has them."""
+    for name in COMPANIONS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        message = f"{folder} has neither {WEIGHTS} nor {INDEX}, so there are no weights to load."
+        if any(folder.glob("pytorch_model*.bin")):
+            message += (
+                " Its weights are in the older pytorch_model.bin format, which can run code when it is opened. Convert "
+                "it once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            )
+        raise FileNotFoundError(message)
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{index} is not a valid index of shards. Download it again.") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {_some(missing)} of the {len(names)} shards that {INDEX} lists. Download again what is missing."
+        )
+    return [folder / name for name in names]
+
+
+def _name_in_folder(name: str, keep_layers: Sequence[int] | None) -> str:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if keep_layers is None or match is None:
+        return name
+    return f"model.layers.{keep_layers[int(match[1])]}.{name[match.end() :]}"
+
+
+def _draw(name: str, weight: Tensor, standard_deviation: float, generator: torch.Generator) -> None:
+    if name.endswith(".bias"):
+        weight.zero_()
+    elif weight.dim() == 1:  # of a norm
+        weight.fill_(1)
+    else:
+        # In float32 on the CPU whatever the target, so that every dtype and device starts from the same numbers.
+        for piece in weight.view(-1).split(PIECE // 4):
+            piece.copy_(torch.empty(piece.shape).normal_(0.0, standard_deviation, generator=generator))
+
+
+def _assign(model: nn.Module, name: str, weight: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(weight))
+
+
+def _split(weights: Mapping[str, Tensor], max_size: int) -> list[list[str]]:
+    """Names by shard, in order, each shard within `max_size` unless a single weight is larger."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, weight in weights.items():
+        if shards[-1] and size + weight.nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += weight.nbytes
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,89 @@
+"""Read safetensors files piece by piece.
+
+The library maps whole files, and pages once touched count as this process's memory until the file is closed. Reading
+into a small buffer keeps the peak at the model itself plus that buffer, whatever the tensors' sizes and dtypes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 16 * 2**20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    file: Path
+    dtype: str  # the format's name: "BF16"
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    size: int  # bytes
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Name and place of every tensor in a file.
+
+    Raises:
+        ValueError: the file is cut short, or is not a safetensors file.
+    """
+    file_size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if file_size < 8 + header_size:
+            # A damaged or foreign file gives a random, mostly huge size.
+            raise ValueError(
+                _damaged(file, f"it has {file_size} bytes, and its header alone should have {header_size}")
+            )
+        try:
+            header = json.loads(stream.read(header_size))
+        except ValueError:
+            raise ValueError(_damaged(file, "its header is not JSON")) from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(
+            file, entry["dtype"], tuple(entry["shape"]), start=8 + header_size + start, size=end - start
+        )
+    promised = max((tensor.start + tensor.size for tensor in tensors.values()), default=file_size)
+    if file_size < promised:
+        raise ValueError(_damaged(file, f"it has {file_size:,} bytes, and its header promises {promised:,}"))
+    return tensors
+
+
+def _damaged(file: Path, how: str) -> str:
+    return f"{file} is not a complete safetensors file: {how}. Download or copy it again."
+
+
+def read_into(stored: StoredTensor, target: Tensor) -> None:
+    """Fill `target`, contiguous and of the same shape, converting to its dtype and device."""
+    dtype = DTYPES[stored.dtype]
+    flat = target.view(-1)
+    buffer = torch.empty(min(PIECE, stored.size), dtype=torch.uint8)
+    per_piece = PIECE // dtype.itemsize
+    assert stored.size == math.prod(stored.shape) * dtype.itemsize == flat.numel() * dtype.itemsize
+    with stored.file.open("rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        for begin in range(0, flat.numel(), per_piece):
+            count = min(per_piece, flat.numel() - begin)
+            piece = buffer[: count * dtype.itemsize]
+            _read_exactly(stream, memoryview(piece.numpy()), stored.file)
+            flat[begin : begin + count].copy_(piece.view(dtype))
+
+
+def _read_exactly(stream, view: memoryview, file: Path) -> None:  # a raw read may return less than asked for
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise OSError(_damaged(file, "it ended while being read"))
+        view = view[count:]
