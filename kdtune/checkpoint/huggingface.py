@@ -184,7 +184,7 @@ def save_model(
     Args:
         model: its weights are written in the dtype they have.
         folder: new or empty; made if need be.
-        config: the `config.json` that the model was built from (after `select_layers`); its dtype is set to the model's.
+        config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced.
         source: folder whose tokenizer files and generation config are copied, as far as they exist. None: none.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
     """
@@ -238,7 +238,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} is not a valid index of shards. Download it again.") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {_some(missing)} of the {len(names)} shards that {INDEX} lists. Download again what is missing."
+            f"{folder} lacks {_some(missing)} of the {len(names)} shards that {INDEX} lists. "
+            "Download the missing ones again."
         )
     return [folder / name for name in names]
 

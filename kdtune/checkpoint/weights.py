@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -77,11 +78,12 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
         for begin in range(0, flat.numel(), per_piece):
             count = min(per_piece, flat.numel() - begin)
             piece = buffer[: count * dtype.itemsize]
-            _read_exactly(stream, memoryview(piece.numpy()), stored.file)
+            _read_exactly(stream, piece.numpy().data, stored.file)
             flat[begin : begin + count].copy_(piece.view(dtype))
 
 
-def _read_exactly(stream, view: memoryview, file: Path) -> None:  # a raw read may return less than asked for
+def _read_exactly(stream: FileIO, view: memoryview, file: Path) -> None:
+    # A raw read may return less than asked for: Linux stops at 2 GiB, network file systems sooner.
     while view:
         count = stream.readinto(view)
         if not count:

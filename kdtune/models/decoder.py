@@ -212,12 +212,13 @@ def attention_mask(
     Returns:
         bool, [b, 1, q, k] or [1, 1, q, k], True where a query may look; every query sees itself. None: plain causal.
     """
-    windowed = window is not None and window < keys.size(1)
-    if causal and documents is None and not windowed:
+    if window is not None and window >= keys.size(1):
+        window = None
+    if causal and documents is None and window is None:
         return None
     distance = queries[:, :, None] - keys[:, None, :]  # [b, q, k]
     allowed = distance >= 0
-    if windowed:
+    if window is not None:
         allowed &= distance < window
     if documents is not None:
         allowed = allowed & (documents[:, :, None] == documents[:, None, :])

@@ -169,7 +169,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     factor = rope.get("factor") or (max_seq_len / original if rope_type == "yarn" else None)
     if factor is None:
         raise ValueError(f"config.json has a rotary embedding of type {rope_type} without its factor: {rope}.")
-    settings: dict[str, Any] = {"factor": float(factor), "original_max_seq_len": original}
+    settings: dict[str, Any] = {"type": rope_type, "factor": float(factor), "original_max_seq_len": original}
     if rope_type == "llama3":
         settings |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor") if key in rope}
     elif rope_type == "yarn":
@@ -178,4 +178,4 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         settings["attention_factor"] = rope.get("attention_factor")
         if settings["attention_factor"] is None:
             settings["attention_factor"] = yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
-    return RopeConfig(type=rope_type, theta=theta, **settings)
+    return RopeConfig(theta=theta, **settings)
