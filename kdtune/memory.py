@@ -24,6 +24,10 @@ class Estimate:
     def total(self) -> int:
         return self.student + self.gradients + self.optimizer + self.teacher + self.activations + self.loss
 
+    def disk(self, keeps_checkpoints: bool) -> int:
+        """Bytes on the disk at most: the finished model, and two checkpoints while the newer replaces the older."""
+        return self.student + (2 * (self.student + self.optimizer) if keeps_checkpoints else 0)
+
     def __str__(self) -> str:
         parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
         listed = ", ".join(f"{part} {format_bytes(getattr(self, part))}" for part in parts if getattr(self, part))

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class MetricLogger:
             ValueError: a sink was asked for and its package is not installed.
         """
         check_sinks(cfg)
-        path = output_dir / "metrics.jsonl"
+        path = self._path = output_dir / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step] if resumed_step else []
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(kept))
@@ -67,6 +68,11 @@ class MetricLogger:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
+    def logged(self, step: int, key: str) -> dict[str, float] | None:
+        """What was logged at `step` together with `key`, also before the run was resumed; None if nothing was."""
+        lines = (json.loads(line) for line in _lines(self._path))
+        return next((line for line in lines if line["step"] == step and key in line), None)
+
     def close(self) -> None:
         """Flush and close every sink."""
         self._file.close()
@@ -74,6 +80,25 @@ class MetricLogger:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Throughput:
+    """Labelled tokens per second since it was last read."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what happened since: a validation, a checkpoint."""
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def add(self, num_tokens: int) -> None:
+        self._tokens += num_tokens
+
+    def read(self) -> float:
+        rate = self._tokens / (time.perf_counter() - self._since)
+        self.restart()
+        return rate
 
 
 def check_sinks(cfg: MetricLoggerConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdtune import tokenizers
 from kdtune.memory import format_bytes
-from kdtune.models import ModelConfig
+from kdtune.models import ModelConfig, num_parameters
 from kdtune.tokenizers import Tokenizer
 
 
@@ -71,5 +71,13 @@ def check_disk_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise ValueError(
             f"output_dir {folder} will need {format_bytes(needed)} for checkpoints and the finished model, and its disk "
-            f"has {format_bytes(free)} free. Choose another output_dir, or save less (save_every_n_steps=0)."
+            f"has {format_bytes(free)} free. Choose another output_dir, or keep no checkpoints (save_every_n_steps=0)."
         )
+
+
+def describe(folder: str, model: ModelConfig) -> str:
+    """One line: where from, how large."""
+    return (
+        f"{folder}: {num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of {model.hidden_size}, "
+        f"vocabulary {model.vocab_size:,}"
+    )

@@ -10,13 +10,18 @@ from kdtune.checkpoint.huggingface import (
     save_model,
     select_layers,
 )
+from kdtune.checkpoint.state import Run, latest, prepare_output_dir
 from kdtune.config import MISSING
 
 __all__ = [
     "CheckpointerConfig",
+    "Run",
+    "TeacherCheckpointerConfig",
     "check_files",
     "copy_companions",
+    "latest",
     "load_model",
+    "prepare_output_dir",
     "read_config",
     "save_model",
     "select_layers",
@@ -30,3 +35,10 @@ class CheckpointerConfig:
     checkpoint_dir: str = MISSING  # Hugging Face folder: config.json, *.safetensors, tokenizer
     random_weights: bool = False  # start from fresh weights of the shape in config.json; other weights are not read
     keep_layers: list[int] | None = None  # start from these layers of it, in increasing order; null: all
+
+
+@dataclass
+class TeacherCheckpointerConfig:
+    """Where the teacher comes from."""
+
+    checkpoint_dir: str = MISSING  # Hugging Face folder: config.json, *.safetensors, tokenizer

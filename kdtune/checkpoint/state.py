@@ -11,16 +11,27 @@ its final name is complete.
 
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from kdtune import __version__
+
+
+
+class Stateful(Protocol):
+    """What can be stopped and continued: optimizer, schedule, loader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
 
 STATE_FILE = "training_state.pt"
 _FOLDER = re.compile(r"step_(\d+)")
@@ -34,12 +45,18 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Pa
 
     Raises:
         ValueError: both at once.
-        FileExistsError: the folder holds a run and neither `resume` nor `overwrite` was asked for.
+        FileExistsError: the folder holds a run and neither `resume` nor `overwrite` was asked for, or `resume` was
+            and there is only a finished model.
     """
     if resume and overwrite:
         raise ValueError("resume_from_checkpoint and overwrite_output_dir exclude each other: continue, or start again?")
+    if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
+        return newest
     if resume:
-        return latest(output_dir)
+        raise FileExistsError(
+            f"output_dir {output_dir} holds a finished model and no checkpoint to resume from. To train that model "
+            f"further, start a new run with checkpointer.checkpoint_dir={output_dir / 'model'} and another output_dir."
+        )
     held = [name for name in ("checkpoints", "model", "metrics.jsonl") if (output_dir / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
@@ -49,68 +66,77 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Pa
     return None
 
 
-def clear_output_dir(output_dir: Path) -> None:
-    """Delete what an earlier run wrote there, and nothing else."""
-    for name in ("checkpoints", "model", "tensorboard"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def record_run(output_dir: Path, config_yaml: str, recipe: Path) -> None:
-    """Leave what reproduces the run: the resolved config, the recipe's source, the versions."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(config_yaml)
-    shutil.copyfile(recipe, output_dir / "recipe.py")
-    versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    (output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-
-
 def latest(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     found = _checkpoints(output_dir)
     return found[-1] if found else None
 
 
-def save(output_dir: Path, step: int, write_model: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step_N`, then delete the older ones.
+class Run:
+    """The state of a training run: where it stands, and how it gets to the disk and back."""
 
-    Args:
-        output_dir: folder of the run.
-        step: optimizer steps done.
-        write_model: writes the Hugging Face folder into the path it is given.
-        state: tensors, numbers, strings and containers of them; the random states are added here.
-    """
-    older = _checkpoints(output_dir)
+    def __init__(
+        self, output_dir: Path, resume_from: Path | None, write_model: Callable[[Path], None], **parts: Stateful
+    ) -> None:
+        """Continue from a checkpoint, or start in an output folder cleared of an earlier run.
 
-    def write(folder: Path) -> None:
-        write_model(folder)
-        torch.save({**state, "step": step, "random": _random_state()}, folder / STATE_FILE)
+        Args:
+            output_dir: folder of the run.
+            resume_from: what `prepare_output_dir` returned.
+            write_model: writes the model as a Hugging Face folder into the path that it is given.
+            parts: whatever has to continue with its state, such as the optimizer.
 
-    folder = write_aside(output_dir / "checkpoints" / f"step_{step:08d}", write)
-    for old in older:
-        if old != folder:
-            shutil.rmtree(old)
-    return folder
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
+        self.output_dir = output_dir
+        self.step = 0  # optimizer steps done
+        self._write_model = write_model
+        self._parts = parts
+        if resume_from is None:
+            _clear(output_dir)
+        else:
+            state = _read_state(resume_from)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            _set_random_state(state["random"])
+            self.step = state["step"]
 
+    def save(self) -> Path:
+        """Write `checkpoints/step_N` of the present step, then delete the older ones."""
+        older = _checkpoints(self.output_dir)
 
-def load(folder: Path) -> dict[str, Any]:
-    """The state that `save` was given and `step`; sets the random states as they were.
+        def write(folder: Path) -> None:
+            self._write_model(folder)
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
 
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    try:
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{folder / STATE_FILE} cannot be read ({error}). Delete {folder} to resume from an older checkpoint, "
-            "or start again with overwrite_output_dir=true."
-        ) from error
-    random = state.pop("random")
-    torch.set_rng_state(random["cpu"])
-    if random["accelerator"] is not None and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(random["accelerator"])
-    return state
+        folder = write_aside(self.output_dir / "checkpoints" / f"step_{self.step:08d}", write)
+        for old in older:
+            if old != folder:
+                shutil.rmtree(old)
+        return folder
+
+    def finish(self) -> Path:
+        """Write `model/`, the result of the run."""
+        return write_aside(self.output_dir / "model", self._write_model)
+
+    def record(self, config_yaml: str, recipe: Path) -> None:
+        """Leave what reproduces the run: the resolved settings, the recipe's source, the versions."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        (self.output_dir / "config.yaml").write_text(config_yaml)
+        shutil.copyfile(recipe, self.output_dir / "recipe.py")
+        versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        (self.output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+    def not_finite(self, step: int, loss: float) -> FloatingPointError:
+        """The error for a loss that is not a number."""
+        newest = latest(self.output_dir)
+        kept = f"The checkpoint {newest} is from before." if newest else "No checkpoint was saved before."
+        return FloatingPointError(
+            f"The loss of step {step} is {loss}. The step was not applied, since no later step could recover from it. "
+            f"{kept} Usual causes: a learning rate that is too high, a warm-up that is too short, broken weights."
+        )
 
 
 def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -136,6 +162,23 @@ def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{folder / STATE_FILE} cannot be read ({error}). Delete {folder} to resume from an older checkpoint if there "
+            "is one, or start again with overwrite_output_dir=true."
+        ) from error
+
+
+def _clear(output_dir: Path) -> None:
+    """Delete what an earlier run wrote there, and nothing else."""
+    for name in ("checkpoints", "model", "tensorboard"):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+
+
 def _checkpoints(output_dir: Path) -> list[Path]:
     folders = [p for p in (output_dir / "checkpoints").glob("step_*") if _FOLDER.fullmatch(p.name)]
     return sorted((p for p in folders if (p / STATE_FILE).is_file()), key=lambda p: p.name)
@@ -144,6 +187,12 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 def _random_state() -> dict[str, Any]:
     accelerator = torch.get_device_module().get_rng_state() if torch.accelerator.is_available() else None
     return {"cpu": torch.get_rng_state(), "accelerator": accelerator}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["accelerator"] is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(state["accelerator"])
 
 
 def _flush(path: Path) -> None:

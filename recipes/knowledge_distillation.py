@@ -1,0 +1,374 @@
+"""Distil a teacher's next-token distributions into a smaller student.
+
+    loss = (1 - kd_ratio) * ce + kd_ratio * kd
+
+    ce = - log q(label)                       at temperature 1
+    kd = T^2 * sum_v p (log p - log q)        forward KL, p = softmax(teacher / T), q = softmax(student / T)
+
+Both are summed over the labelled tokens of the whole optimizer step and divided by their number once, so a step means
+the same however its rows are split into micro-batches.
+
+    kdtune run knowledge_distillation --config quickstart
+    kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD kd_ratio=1 kd_loss.temperature=2
+
+The teacher must share the student's tokenizer (padding at the end of either vocabulary is fine). Nothing of it is
+trained. The finished student is an ordinary Hugging Face folder, `output_dir/model`.
+
+Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
+"""
+
+import dataclasses
+import itertools
+import math
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtune import checkpoint, config, data, device, generation, losses, memory, metrics, models, optim, preflight
+from kdtune import tokenizers
+from kdtune.config import MISSING, setting
+from kdtune.interrupt import Interrupt
+from kdtune.teacher import LiveTeacher, Targets
+
+
+@dataclass
+class KDLossConfig:
+    """The divergence between teacher and student."""
+
+    temperature: float = setting(1.0, gt=0)  # softens both distributions; 1 leaves them as they are
+    scale_by_temperature_squared: bool = True  # keeps the gradient's size as the temperature grows
+
+
+@dataclass
+class Config:
+    """Every setting of this recipe."""
+
+    kd_ratio: float = setting(0.5, ge=0, le=1)  # weight of the teacher; 0 is plain fine-tuning, 1 ignores the labels
+    kd_loss: KDLossConfig = setting(KDLossConfig())  # the divergence to the teacher
+
+    checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig())  # the student
+    teacher_checkpointer: checkpoint.TeacherCheckpointerConfig = setting(checkpoint.TeacherCheckpointerConfig())
+    tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig())  # shared by both models
+    dataset: data.DatasetConfig = setting(data.DatasetConfig())  # rows to train on
+    dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
+
+    batch_size: int = setting(4, gt=0)  # rows per micro-batch
+    gradient_accumulation_steps: int = setting(1, gt=0)  # micro-batches per optimizer step
+    epochs: int = setting(1, gt=0)  # passes over the rows
+    max_steps_per_epoch: int | None = setting(None, gt=0)  # optimizer steps that end an epoch early; null: all rows
+    max_steps: int | None = setting(None, gt=0)  # optimizer steps that end the run early; null: all epochs
+    optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig())  # AdamW
+    lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig())  # learning rate over the run
+    clip_grad_norm: float | None = setting(1.0, gt=0)  # largest norm of the gradient; null: not clipped
+    seed: int = setting(0, ge=0)  # of the rows' order and of random weights
+    shuffle: bool = True  # a new order of the rows in each epoch
+
+    device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
+    dtype: device.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
+    enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
+    loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
+
+    output_dir: str = MISSING  # metrics, checkpoints and the finished student go here
+    save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
+    resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint
+    overwrite_output_dir: bool = False  # delete the run in output_dir and start again
+    run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
+    log_every_n_steps: int = setting(1, gt=0)  # optimizer steps between lines in metrics.jsonl
+    metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig())  # other places for metrics
+    sample_prompts: list[str] = setting([])  # texts that teacher and student continue greedily at the end
+    sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
+
+
+def main(cfg: Config) -> None:
+    inputs = check(cfg)
+
+    teacher = LiveTeacher(
+        checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=inputs.dtype, device=inputs.device)
+    )
+    student = load_student(cfg, inputs)
+    if cfg.enable_activation_checkpointing:
+        models.enable_activation_checkpointing(student)
+
+    optimizer = optim.build_optimizer(student, cfg.optimizer)
+    lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
+
+    def write_student(folder: Path) -> None:
+        checkpoint.save_model(student, folder, config=inputs.student_config, source=tokenizer_path(cfg))
+
+    run = checkpoint.Run(
+        Path(cfg.output_dir),
+        inputs.resume_from,
+        write_student,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        loader=inputs.loader,
+    )
+    run.record(config.to_yaml(cfg), recipe=Path(__file__))
+    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
+
+    prove_teacher(cfg, inputs, student, teacher)
+    if inputs.val_batches and run.step == 0:
+        logger.log(0, evaluate(cfg, inputs, inputs.val_batches, student, teacher))
+
+    throughput = metrics.Throughput()
+    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
+        for step in range(run.step + 1, inputs.num_steps + 1):
+            # The whole step is fetched first: its label count normalises every micro-batch, so that a step means the
+            # same for any split into micro-batches.
+            micro_batches = inputs.loader.next_step()
+            num_tokens = data.count_labels(micro_batches)
+            sums = torch.zeros(3, device=inputs.device)
+
+            for batch in micro_batches:
+                batch = batch.to(inputs.device)
+                # The teacher goes first: its activations are gone before the student's are kept for the backward.
+                targets = teacher(batch)
+                hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+                loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens)
+                loss.total.backward()
+                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
+
+            grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
+            throughput.add(num_tokens)
+            last = step == inputs.num_steps
+            if last or step % cfg.log_every_n_steps == 0:
+                # Reading the numbers waits for the device, which is why it is not done in every step.
+                loss_value, ce_loss, kd_loss = sums.tolist()
+                if not math.isfinite(loss_value):
+                    raise run.not_finite(step, loss_value)
+                values = {
+                    "loss": loss_value,
+                    "ce_loss": ce_loss,
+                    "kd_loss": kd_loss,
+                    "lr": lr_scheduler.get_last_lr()[0],
+                    "grad_norm": grad_norm.item(),
+                    "num_tokens": num_tokens,
+                    "tokens_per_second": throughput.read(),
+                    "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
+                }
+                logger.log(step, values)
+                bar.set_postfix_str(
+                    "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values)
+                )
+
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step = step
+            bar.update()
+
+            if inputs.val_batches and (last or (cfg.run_val_every_n_steps and step % cfg.run_val_every_n_steps == 0)):
+                values = evaluate(cfg, inputs, inputs.val_batches, student, teacher)
+                logger.log(step, values)
+                bar.write(
+                    f"step {step}: validation ce {values['val_ce_loss']:.3f}, KL to the teacher "
+                    f"{values['val_kd_loss']:.3f}, top-1 agreement {values['val_agreement']:.1%}"
+                )
+                throughput.restart()
+            if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
+                folder = run.save()
+                throughput.restart()
+            if interrupt.received and not last:
+                bar.close()
+                print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
+                raise SystemExit(interrupt.exit_code)
+
+    folder = run.finish()
+    if inputs.val_batches:
+        print(closing_table(logger.logged(0, "val_ce_loss"), logger.logged(run.step, "val_ce_loss")))
+    logger.close()
+    show_samples(cfg, inputs, {"teacher": teacher.model, "student": student})
+    print(f"The student is in {folder}. Hear it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
+    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
+
+
+@dataclass
+class Inputs:
+    """What is known before a weight is read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    student_config: dict[str, Any]  # the student's config.json
+    tokenizer: tokenizers.Tokenizer
+    loader: data.Loader
+    val_batches: list[data.Batch]  # empty without dataset_val
+    num_steps: int  # optimizer steps of the whole run
+    resume_from: Path | None  # checkpoint of this run
+
+
+def check(cfg: Config) -> Inputs:
+    """Find whatever can be wrong before a weight is read, and say what is going to happen.
+
+    Raises:
+        ValueError, OSError: what is wrong, why it matters and what to do.
+    """
+    run_device = device.resolve(cfg.device)
+    dtype = device.DTYPES[cfg.dtype]
+    metrics.check_sinks(cfg.metric_logger)
+    output_dir = Path(cfg.output_dir)
+    resume_from = checkpoint.prepare_output_dir(
+        output_dir, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite_output_dir
+    )
+
+    start_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
+    student_config = checkpoint.select_layers(start_config, cfg.checkpointer.keep_layers)
+    teacher_config = checkpoint.read_config(cfg.teacher_checkpointer.checkpoint_dir)
+    student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
+    checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
+    if not cfg.checkpointer.random_weights:
+        checkpoint.check_files(cfg.checkpointer.checkpoint_dir, models.from_hf_config(start_config))
+
+    tokenizer = tokenizers.load(tokenizer_path(cfg))
+    teacher_tokenizer = tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir)
+    preflight.check_pair(tokenizer, teacher_tokenizer, student, teacher)
+    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, student, "student")
+    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, teacher, "teacher")
+
+    estimate = memory.estimate(
+        student,
+        teacher,
+        dtype=dtype,
+        batch_size=cfg.batch_size,
+        seq_len=cfg.tokenizer.max_seq_len,
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+        loss_chunk_size=cfg.loss_chunk_size,
+    )
+    preflight.check_disk_space(output_dir, estimate.disk(keeps_checkpoints=cfg.save_every_n_steps > 0))
+
+    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
+    examples_val = cfg.dataset_val and data.load(
+        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val"
+    )
+    val_batches = list(data.batches(examples_val, cfg.batch_size, tokenizer.pad_id)) if examples_val else []
+    loader = data.Loader(
+        examples,
+        batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        max_steps_per_epoch=cfg.max_steps_per_epoch,
+        shuffle=cfg.shuffle,
+        seed=cfg.seed,
+        pad_id=tokenizer.pad_id,
+    )
+    num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+
+    print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
+    print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
+    print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
+    print(f"run       {num_steps} steps, {cfg.dtype} on {device.describe(run_device)}, into {output_dir}")
+    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    return Inputs(run_device, dtype, student_config, tokenizer, loader, val_batches, num_steps, resume_from)
+
+
+def tokenizer_path(cfg: Config) -> str:
+    return cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
+
+
+def load_student(cfg: Config, inputs: Inputs) -> models.Decoder:
+    """The student where this run starts or continues."""
+    if inputs.resume_from is not None:
+        # A checkpoint is a whole model: how the first one was made no longer matters.
+        return checkpoint.load_model(inputs.resume_from, dtype=inputs.dtype, device=inputs.device)
+    return checkpoint.load_model(
+        cfg.checkpointer.checkpoint_dir,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        keep_layers=cfg.checkpointer.keep_layers,
+        random_weights=cfg.checkpointer.random_weights,
+        seed=cfg.seed,
+    )
+
+
+def objective(
+    cfg: Config, hidden: Tensor, head: nn.Linear, targets: Targets, labels: Tensor, num_tokens: int
+) -> losses.Loss:
+    """loss = (1 - kd_ratio) * ce + kd_ratio * kd, for one micro-batch of a step with `num_tokens` labels."""
+    return losses.distillation_loss(
+        hidden,
+        head,
+        labels,
+        num_tokens,
+        teacher_hidden=targets.hidden,
+        teacher_head=targets.head,
+        ce_weight=1 - cfg.kd_ratio,
+        kd_weight=cfg.kd_ratio,
+        temperature=cfg.kd_loss.temperature,
+        scale_by_temperature_squared=cfg.kd_loss.scale_by_temperature_squared,
+        chunk_size=cfg.loss_chunk_size,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
+) -> dict[str, float]:
+    """Means over the labelled tokens of `batches`, in nats, at temperature 1."""
+    sums, num_tokens = torch.zeros(5, device=inputs.device), 0
+    for batch in batches:
+        batch = batch.to(inputs.device)
+        targets = teacher(batch)
+        loss = losses.distillation_loss(
+            student.hidden(batch.tokens, batch.positions, batch.documents),
+            student.head,
+            batch.labels,
+            1,  # sums, divided once at the end
+            teacher_hidden=targets.hidden,
+            teacher_head=targets.head,
+            chunk_size=cfg.loss_chunk_size,
+            with_metrics=True,
+        )
+        sums += torch.stack([loss.ce, loss.kd, loss.agreement, loss.teacher_ce, loss.teacher_entropy])
+        num_tokens += batch.num_labels
+    names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_teacher_ce_loss", "val_teacher_entropy")
+    return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
+
+
+def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> None:
+    """Warn if the teacher knows no more than a uniform guess: its weights are then not what they should be."""
+    first_batch = itertools.islice(data.batches(inputs.loader.examples, cfg.batch_size, inputs.tokenizer.pad_id), 1)
+    values = evaluate(cfg, inputs, first_batch, student, teacher)
+    teacher_ce, uniform = values["val_teacher_ce_loss"], math.log(teacher.model.config.vocab_size)
+    print(
+        f"teacher check on {cfg.batch_size} rows: ce {teacher_ce:.3f} (a uniform guess: {uniform:.3f}), "
+        f"KL(teacher, student) {values['val_kd_loss']:.3f}"
+    )
+    if teacher_ce >= uniform:
+        print(
+            f"WARNING: the teacher predicts the labels worse than a uniform guess ({teacher_ce:.3f} against {uniform:.3f} "
+            f"nats), so a student learns noise from it. Is {cfg.teacher_checkpointer.checkpoint_dir} trained, and for "
+            "this kind of text?"
+        )
+
+
+def closing_table(before: dict[str, float], after: dict[str, float]) -> str:
+    """Student before and after, and the teacher, on the validation rows."""
+    rows = [
+        ("student before", before["val_ce_loss"], before["val_kd_loss"], before["val_agreement"]),
+        ("student after", after["val_ce_loss"], after["val_kd_loss"], after["val_agreement"]),
+        ("teacher", after["val_teacher_ce_loss"], 0.0, 1.0),
+    ]
+    lines = [f"{'validation':<16}{'ce':>8}{'KL to teacher':>16}{'top-1 agreement':>18}"]
+    lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, ce, kl, agreement in rows]
+    return "\n".join(lines)
+
+
+def show_samples(cfg: Config, inputs: Inputs, named_models: dict[str, models.Decoder]) -> None:
+    """Greedy continuations of the prompts, the models below each other."""
+    tokenizer = inputs.tokenizer
+    prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
+    continuations = {
+        name: generation.generate(
+            model, prompts, max_new_tokens=cfg.sample_max_new_tokens, stop_ids=set(tokenizer.eos_ids)
+        )
+        for name, model in named_models.items()
+        if prompts
+    }
+    for i, prompt in enumerate(cfg.sample_prompts):
+        print(f"\nprompt:  {prompt}")
+        for name, texts in continuations.items():
+            print(f"{name + ':':<9}{tokenizer.decode(texts[i])}")
