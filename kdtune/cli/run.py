@@ -1,0 +1,86 @@
+"""`kdtune run`: a recipe with its settings; and `kdtune run <recipe> --help`, what those are."""
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kdtune.cli import catalog, recipe
+from kdtune.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from kdtune.config import Setting
+
+_DESCRIPTION = """\
+Run a recipe: a shipped one by its name, or any file by its path. Its settings are the defaults in the recipe, then the
+config, then every key=value, later wins. `kdtune run <recipe> --help` lists them."""
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser("run", _DESCRIPTION, usage=f"kdtune run {recipe.USAGE} [--dry-run]", add_help=False)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print it, and train nothing")
+    call = recipe.parse(parser, argv)
+    if call is None:
+        parser.print_help()
+        return
+    module = recipe.load_module(call.recipe)
+    if call.options.help:
+        print("\n".join(_help(call.recipe.stem, module)))
+        return
+    cfg = recipe.settings(module, call)
+    if call.options.dry_run:
+        module.check(cfg)
+        print("Dry run: everything is in order, nothing was trained.")
+    else:
+        module.main(cfg)
+
+
+def _help(name: str, module: ModuleType) -> Iterator[str]:
+    from kdtune import config
+
+    width = min(max(shutil.get_terminal_size().columns, 80), 120)
+    yield f"usage: kdtune run {name} [--config <name | file.yaml>] [key=value ...] [--dry-run]"
+    yield ""
+    yield from textwrap.wrap((module.__doc__ or "").strip().partition("\n\n")[0], width)
+    configs = [shipped.name for shipped in catalog.configs(catalog.bare_name(name))]
+    if configs:
+        yield ""
+        yield from textwrap.wrap(
+            f"Configs: {', '.join(configs)}", width, subsequent_indent="  ", break_on_hyphens=False
+        )
+    yield ""
+    yield "Settings, as key=default:"
+    section = ""
+    for setting in config.describe(module.Config):
+        if setting.is_section:
+            section = f"{setting.key}."
+            optional = " (null unless one of its settings is given)" if setting.type != "section" else ""
+            yield ""
+            yield from textwrap.wrap(f"{setting.key}: {setting.comment}{optional}", width, subsequent_indent="  ")
+            continue
+        if section and not setting.key.startswith(section):
+            section = ""
+            yield ""
+        yield from _describe(setting, width)
+
+
+def _describe(setting: "Setting", width: int) -> list[str]:
+    value = "..." if setting.required else _yaml(setting.default)
+    kind = ", ".join(part for part in (setting.type, setting.range, "required" if setting.required else "") if part)
+    head = f"  {setting.key}={value}"
+    lines = textwrap.wrap(f"{head:<42}  {kind}", width, subsequent_indent=" " * 8, break_on_hyphens=False)
+    return lines + textwrap.wrap(setting.comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written behind `key=`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value)
