@@ -1,0 +1,18 @@
+"""The settings of a data set."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdtune.config import MISSING, setting
+
+
+@dataclass
+class DatasetConfig:
+    source: str = MISSING  # file or folder (json, jsonl, csv, parquet, txt; .gz too), or owner/name on the hub
+    format: Literal["instruct", "chat", "completion", "text"] = "instruct"  # what the rows are, see docs/data.md
+    split: str | None = None  # split, part of it, or both: test, train[:90%], [90%:], [:1000]; null: train, all of it
+    name: str | None = None  # subset (configuration) of a hub data set; null: its default one
+    column_map: dict[str, str] = setting({})  # the format's column -> the column in the rows, e.g. {output: answer}
+    prompt_template: str | None = None  # instruct: text before the answer, with {columns}; null: Alpaca's
+    train_on_input: bool = False  # label the prompt, or every turn of a chat, too
+    separator: str | None = None  # text files: each part between two of these is a document; null: the whole file is

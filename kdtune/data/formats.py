@@ -1,0 +1,166 @@
+"""Rows to tokens: what is the prompt, what is the answer, and which tokens are to be predicted."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kdtune.data.chats import read_messages, split_turns
+from kdtune.data.config import DatasetConfig
+from kdtune.tokenizers import Tokenizer
+
+Columns = Mapping[str, Any]
+Encoded = list[tuple[list[int], list[bool]]]  # examples of one row: tokens, and whether each is to be predicted
+
+# Stanford Alpaca's prompts (Taori et al. 2023), which most instruction data of this form was used with.
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+_COLUMNS = {
+    "instruct": ("instruction", "input", "output"),
+    "chat": ("messages", "tools"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> Callable[[Columns], Encoded]:
+    """The function that turns one row into tokens.
+
+    Raises:
+        ValueError: settings that do not fit the format, or a tokenizer that lacks what the format needs. The function
+            itself raises ValueError for a row of the wrong shape.
+    """
+    known = _COLUMNS[cfg.format]
+    unknown = sorted(set(cfg.column_map) - set(known))
+    if unknown:
+        raise ValueError(
+            f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the format's names to "
+            f"the columns of the rows; the names are {', '.join(known)}."
+        )
+    if cfg.prompt_template is not None and cfg.format != "instruct":
+        raise ValueError(f"prompt_template is for format=instruct, not {cfg.format}. Leave it out.")
+    if cfg.train_on_input and cfg.format == "text":
+        raise ValueError(
+            "train_on_input=true says nothing for format=text, where every token is labelled. Leave it out."
+        )
+
+    if cfg.format == "chat":
+        if not tokenizer.has_chat_template:
+            tokenizer.render_chat([])  # raises, and says what to do
+        return lambda row: _encode_chat(row, cfg, tokenizer)
+    eos_id = tokenizer.eos_id  # raises if there is none
+    if cfg.format == "text":
+        return lambda row: _encode_text(row, cfg, tokenizer, eos_id, max_seq_len)
+    if cfg.format == "completion":
+        return lambda row: _encode_pair(
+            _text(row, "prompt", cfg), _text(row, "completion", cfg), cfg.train_on_input, tokenizer, eos_id
+        )
+    fill = _alpaca if cfg.prompt_template is None else _template(cfg.prompt_template)
+    return lambda row: _encode_pair(fill(row, cfg), _text(row, "output", cfg), cfg.train_on_input, tokenizer, eos_id)
+
+
+def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Tokenizer, eos_id: int) -> Encoded:
+    if not answer:
+        return []
+    # The prompt is encoded by itself, as it will be when the model is asked: no token reaches into the answer.
+    prompt_ids = tokenizer.encode(prompt)
+    answer_ids = [*tokenizer.encode(answer, continues=bool(prompt)), eos_id]
+    return [(prompt_ids + answer_ids, [train_on_input] * len(prompt_ids) + [True] * len(answer_ids))]
+
+
+def _encode_text(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer, eos_id: int, max_seq_len: int) -> Encoded:
+    text = _text(row, "text", cfg)
+    if not text:
+        return []
+    ids = [*tokenizer.encode(text), eos_id]
+    # The last token of a piece is only predicted there and is the first input of the next: none is lost at a cut.
+    pieces = [ids[start : start + max_seq_len + 1] for start in range(0, len(ids) - 1, max_seq_len)]
+    return [(piece, [True] * len(piece)) for piece in pieces]
+
+
+def _encode_chat(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer) -> Encoded:
+    column = cfg.column_map.get("messages")
+    if column is None:
+        column = "messages" if "messages" in row or "conversations" not in row else "conversations"
+    messages = read_messages(_value(row, column, "messages"), column)
+    tools = row.get(cfg.column_map.get("tools", "tools"))
+    encoded: Encoded = []
+    for parts in split_turns(messages, tools, tokenizer):
+        tokens: list[int] = []
+        is_label: list[bool] = []
+        for ids, (_, is_answer) in zip(tokenizer.encode_parts([text for text, _ in parts]), parts, strict=True):
+            labelled = len(ids) if cfg.train_on_input else _length_to_stop(ids, tokenizer) if is_answer else 0
+            tokens += ids
+            is_label += [True] * labelled + [False] * (len(ids) - labelled)
+        encoded.append((tokens, is_label))
+    return encoded
+
+
+def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
+    # Generation stops at the end-of-turn token; a line break that a template writes after it is not the model's.
+    ends = [i for i, id in enumerate(ids) if id in tokenizer.special_ids]
+    if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+        return ends[-1] + 1
+    return len(ids)
+
+
+def _alpaca(row: Columns, cfg: DatasetConfig) -> str:
+    instruction = _text(row, "instruction", cfg)
+    is_given = cfg.column_map.get("input", "input") in row
+    context = _text(row, "input", cfg) if is_given else ""
+    template = ALPACA_WITH_INPUT if context else ALPACA
+    return template.format(instruction=instruction, input=context)
+
+
+def _template(template: str) -> Callable[[Columns, DatasetConfig], str]:
+    try:
+        parts = [(text, name, spec, conversion) for text, name, spec, conversion in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(
+            f"prompt_template: {error}. Columns stand in braces; a brace itself is written twice."
+        ) from None
+    for _, name, spec, conversion in parts:
+        # A column's name and nothing else: format()'s attributes and indices would reach into Python objects.
+        if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
+            raise ValueError(
+                f"prompt_template: {{{name}}} is not the name of a column. A brace itself is written twice."
+            )
+
+    def fill(row: Columns, cfg: DatasetConfig) -> str:
+        return "".join(text + ("" if name is None else _string(row, name, name)) for text, name, _, _ in parts)
+
+    return fill
+
+
+def _text(row: Columns, name: str, cfg: DatasetConfig) -> str:
+    return _string(row, cfg.column_map.get(name, name), name)
+
+
+def _string(row: Columns, column: str, name: str) -> str:
+    value = _value(row, column, name)
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} is a {type(value).__name__}, expected text.")
+    return value
+
+
+def _value(row: Columns, column: str, name: str) -> Any:
+    if column not in row:
+        raise ValueError(
+            f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, say so: "
+            f"column_map={{{name}: <column>}}."
+        )
+    if row[column] is None:
+        raise ValueError(f"column {column!r} is null, expected a value.")
+    return row[column]

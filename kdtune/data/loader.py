@@ -1,0 +1,116 @@
+"""The order in which examples are seen, and how to come back to any place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import numpy as np
+
+from kdtune.data.batch import Batch, collate
+from kdtune.data.examples import Examples
+
+
+@final
+class Loader:
+    """Deals out examples in optimizer steps, epoch after epoch without end.
+
+    The order is a function of (seed, epoch) alone: no global random state is read or changed. An epoch holds each
+    example once; its last step takes what is left.
+
+    Attributes:
+        epoch: complete epochs so far, so that `while loader.epoch < epochs` trains for `epochs` of them.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        pad_id: int = 0,
+    ) -> None:
+        """
+        Args:
+            examples: at least one.
+            batch_size: examples of a micro-batch.
+            gradient_accumulation_steps: micro-batches of a step.
+            shuffle: a new order for each epoch; False: as read.
+            seed: >= 0.
+            pad_id: id that fills the rows.
+        """
+        if len(examples) == 0:
+            raise ValueError(f"{examples.name} has no examples.")
+        self._examples = examples
+        self._batch_size = batch_size
+        self._step_size = batch_size * gradient_accumulation_steps
+        self._shuffle = shuffle
+        self._seed = seed
+        self._pad_id = pad_id
+        self._position = 0  # examples of this epoch that were dealt out
+        self.epoch = 0
+        self._order = self._order_of(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._examples) // self._step_size)
+
+    def next_step(self) -> list[Batch]:
+        """The micro-batches of the next optimizer step.
+
+        Their loss is a sum over the whole step, so that it does not matter which micro-batch an example is in: they are
+        grouped by length, which saves padding, longest first, which shows at once whether they fit into memory.
+        """
+        chosen = self._order[self._position : self._position + self._step_size].tolist()
+        self._position += len(chosen)
+        if self._position == len(self._examples):
+            self.epoch += 1
+            self._position = 0
+            self._order = self._order_of(self.epoch)
+        chosen.sort(key=self._examples.length, reverse=True)
+        return [
+            collate([self._examples[i] for i in chosen[start : start + self._batch_size]], self._pad_id)
+            for start in range(0, len(chosen), self._batch_size)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here. Small, and plain numbers only."""
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "fingerprint": self._examples.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the place that `state_dict` described. The batch size may be another one.
+
+        Raises:
+            ValueError: the data, the seed or the shuffling changed, so that examples would be repeated or left out.
+        """
+        here = self.state_dict()
+        names = {"fingerprint": "the examples (data, tokenizer or max_seq_len)", "seed": "seed", "shuffle": "shuffle"}
+        for key, what in names.items():
+            if state[key] != here[key]:
+                raise ValueError(
+                    f"cannot continue in {self._examples.name}: {what} changed since the checkpoint ({state[key]} then, "
+                    f"{here[key]} now), so that some rows would be seen twice and others never. Restore it, or start anew "
+                    "with resume_from_checkpoint=false and another output_dir."
+                )
+        self.epoch = state["epoch"]
+        self._position = state["position"]
+        self._order = self._order_of(self.epoch)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._examples))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+
+
+def batches(examples: Examples, batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """All examples once, in the order in which they were read: for validation."""
+    for start in range(0, len(examples), batch_size):
+        yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))], pad_id)
