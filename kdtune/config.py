@@ -47,14 +47,16 @@ def setting(
     """A field of a config dataclass, with the range of values that it takes.
 
     Args:
-        default: MISSING (the user must give it) unless said otherwise. Lists, dicts and sections are copied for
-            each instance.
+        default: MISSING (the user must give it) unless said otherwise. Lists and dicts are copied for each instance;
+            for a section it is its dataclass.
         gt: the value must be greater than this; `ge`, `lt` and `le` likewise. Elements of a list are held to it
             one by one; null is always in range.
     """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
     metadata = {name: bound for name, bound in bounds.items() if bound is not None}
-    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 

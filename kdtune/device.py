@@ -18,7 +18,9 @@ def resolve(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device} is not a device that torch {torch.__version__} knows: use cuda or cpu.") from None
+        raise ValueError(
+            f"device={device} is not a device that torch {torch.__version__} knows: use cuda or cpu."
+        ) from None
     if resolved.type == "cpu":
         return resolved
     accelerator = torch.accelerator.current_accelerator()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kdtune.models import Decoder, KVCache
+from kdtune.tokenizers import Tokenizer
 
 
 @torch.no_grad()
@@ -105,6 +106,23 @@ def sample(logits: Tensor, draws: Tensor, *, top_k: int | None = None, top_p: fl
     picked = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
     picked = torch.minimum(picked, last)  # the product may round up to `total`
     return ids.gather(1, picked)[:, 0]
+
+
+def compare(
+    named_models: Mapping[str, Decoder], tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+) -> str:
+    """Greedy continuations of each prompt, those of the models below each other, as text to print."""
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    continuations = {
+        name: generate(model, tokens, max_new_tokens=max_new_tokens, stop_ids=tokenizer.eos_ids)
+        for name, model in named_models.items()
+    }
+    width = max(len(name) for name in ("prompt", *named_models)) + 2
+    lines = []
+    for row, prompt in enumerate(prompts):
+        lines += ["", f"{'prompt:':<{width}}{prompt}"]
+        lines += [f"{name + ':':<{width}}{tokenizer.decode(new[row])}" for name, new in continuations.items()]
+    return "\n".join(lines)
 
 
 def _until_stop(row: list[int], stop_ids: Collection[int]) -> list[int]:

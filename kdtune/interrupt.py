@@ -7,12 +7,12 @@ from types import FrameType, TracebackType
 class Interrupt:
     """Remembers the first SIGINT or SIGTERM while it is entered; a second Ctrl-C stops at once.
 
-        with Interrupt() as interrupt:
-            for step in ...:
-                ...
-                if interrupt.received:
-                    save()
-                    raise SystemExit(interrupt.exit_code)
+    with Interrupt() as interrupt:
+        for step in ...:
+            ...
+            if interrupt.received:
+                save()
+                raise SystemExit(interrupt.exit_code)
     """
 
     def __init__(self) -> None:

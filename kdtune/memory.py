@@ -71,8 +71,8 @@ def format_bytes(count: float) -> str:
 
 def _activations_per_token(cfg: ModelConfig, size: int, checkpointing: bool) -> int:
     attention, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    # Residual stream in, norm's float32 copy and output, q and k before and after the rotation, v, attention's output and
-    # its log-sum-exp, residual, norm's float32 copy and output, gate, its activation, up, their product.
+    # Residual stream in, norm's float32 copy and output, q and k before and after the rotation, v, attention's output
+    # and its log-sum-exp, residual, norm's float32 copy and output, gate, its activation, up, their product.
     layer = size * (4 * cfg.hidden_size + 3 * attention + 3 * kv + 4 * cfg.intermediate_size)
     layer += 4 * (2 * cfg.hidden_size + cfg.num_heads)
     last = (size + 4) * cfg.hidden_size

@@ -28,7 +28,9 @@ class LRSchedulerConfig:
 
     name: Literal["cosine", "linear", "constant"] = "cosine"  # shape of the decay
     num_warmup_steps: int = setting(100, ge=0)  # optimizer steps; 0 starts at the peak
-    min_lr_ratio: float = setting(0.0, ge=0, le=1)  # share of the peak that is left at the end; constant ignores no decay
+    min_lr_ratio: float = setting(
+        0.0, ge=0, le=1
+    )  # share of the peak that is left at the end; constant ignores no decay
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:

@@ -11,15 +11,21 @@ from kdtune.models import ModelConfig, num_parameters
 from kdtune.tokenizers import Tokenizer
 
 
-def check_sequence_length(max_seq_len: int, model: ModelConfig, role: str) -> None:
+def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:
     """Refuse rows longer than what `model` was built for.
+
+    Args:
+        length: tokens of the longest row.
+        setting: where that length comes from, to name it.
+        model: the architecture.
+        role: student, teacher or model, to name it.
 
     Raises:
         ValueError: gives both numbers.
     """
-    if max_seq_len > model.max_seq_len:
+    if length > model.max_seq_len:
         raise ValueError(
-            f"tokenizer.max_seq_len is {max_seq_len}, and the {role} was built for {model.max_seq_len} positions "
+            f"{setting} is {length}, and the {role} was built for {model.max_seq_len} positions "
             f"(max_position_embeddings). Beyond them its predictions mean nothing: use at most {model.max_seq_len}."
         )
 
@@ -46,7 +52,7 @@ def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, student: Mode
     difference = tokenizers.difference(tokenizer, teacher_tokenizer)
     if difference is not None:
         raise ValueError(
-            f"Student (vocabulary of {student.vocab_size}) and teacher ({teacher.vocab_size}) do not share a tokenizer: "
+            f"Student (vocabulary {student.vocab_size}) and teacher ({teacher.vocab_size}) do not share a tokenizer: "
             f"{difference}. The loss compares their distributions entry by entry, so entry i must be the same token in "
             "both. Use a teacher and a student of one family."
         )
@@ -70,8 +76,9 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"output_dir {folder} will need {format_bytes(needed)} for checkpoints and the finished model, and its disk "
-            f"has {format_bytes(free)} free. Choose another output_dir, or keep no checkpoints (save_every_n_steps=0)."
+            f"output_dir {folder} will need {format_bytes(needed)} for checkpoints and the finished model, and its "
+            f"disk has {format_bytes(free)} free. Choose another output_dir, or keep no checkpoints "
+            "(save_every_n_steps=0)."
         )
 
 

@@ -30,8 +30,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtune import checkpoint, config, data, device, generation, losses, memory, metrics, models, optim, preflight
-from kdtune import tokenizers
+from kdtune import (
+    checkpoint,
+    config,
+    data,
+    device,
+    generation,
+    losses,
+    memory,
+    metrics,
+    models,
+    optim,
+    preflight,
+    tokenizers,
+)
 from kdtune.config import MISSING, setting
 from kdtune.interrupt import Interrupt
 from kdtune.teacher import LiveTeacher, Targets
@@ -50,12 +62,12 @@ class Config:
     """Every setting of this recipe."""
 
     kd_ratio: float = setting(0.5, ge=0, le=1)  # weight of the teacher; 0 is plain fine-tuning, 1 ignores the labels
-    kd_loss: KDLossConfig = setting(KDLossConfig())  # the divergence to the teacher
+    kd_loss: KDLossConfig = setting(KDLossConfig)  # the divergence to the teacher
 
-    checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig())  # the student
-    teacher_checkpointer: checkpoint.TeacherCheckpointerConfig = setting(checkpoint.TeacherCheckpointerConfig())
-    tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig())  # shared by both models
-    dataset: data.DatasetConfig = setting(data.DatasetConfig())  # rows to train on
+    checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
+    teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
+    tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # shared by both models
+    dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
     dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
 
     batch_size: int = setting(4, gt=0)  # rows per micro-batch
@@ -63,8 +75,8 @@ class Config:
     epochs: int = setting(1, gt=0)  # passes over the rows
     max_steps_per_epoch: int | None = setting(None, gt=0)  # optimizer steps that end an epoch early; null: all rows
     max_steps: int | None = setting(None, gt=0)  # optimizer steps that end the run early; null: all epochs
-    optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig())  # AdamW
-    lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig())  # learning rate over the run
+    optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig)  # AdamW
+    lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig)  # learning rate over the run
     clip_grad_norm: float | None = setting(1.0, gt=0)  # largest norm of the gradient; null: not clipped
     seed: int = setting(0, ge=0)  # of the rows' order and of random weights
     shuffle: bool = True  # a new order of the rows in each epoch
@@ -80,7 +92,7 @@ class Config:
     overwrite_output_dir: bool = False  # delete the run in output_dir and start again
     run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
     log_every_n_steps: int = setting(1, gt=0)  # optimizer steps between lines in metrics.jsonl
-    metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig())  # other places for metrics
+    metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig)  # other places for metrics
     sample_prompts: list[str] = setting([])  # texts that teacher and student continue greedily at the end
     sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
 
@@ -91,7 +103,9 @@ def main(cfg: Config) -> None:
     teacher = LiveTeacher(
         checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=inputs.dtype, device=inputs.device)
     )
-    student = load_student(cfg, inputs)
+    student = checkpoint.load_start(
+        cfg.checkpointer, inputs.resume_from, dtype=inputs.dtype, device=inputs.device, seed=cfg.seed
+    )
     if cfg.enable_activation_checkpointing:
         models.enable_activation_checkpointing(student)
 
@@ -99,7 +113,7 @@ def main(cfg: Config) -> None:
     lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
 
     def write_student(folder: Path) -> None:
-        checkpoint.save_model(student, folder, config=inputs.student_config, source=tokenizer_path(cfg))
+        checkpoint.save_model(student, folder, config=inputs.student_config, source=inputs.tokenizer_path)
 
     run = checkpoint.Run(
         Path(cfg.output_dir),
@@ -154,7 +168,9 @@ def main(cfg: Config) -> None:
                 }
                 logger.log(step, values)
                 bar.set_postfix_str(
-                    "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values)
+                    "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s".format(
+                        **values
+                    )
                 )
 
             optimizer.step()
@@ -183,7 +199,8 @@ def main(cfg: Config) -> None:
     if inputs.val_batches:
         print(closing_table(logger.logged(0, "val_ce_loss"), logger.logged(run.step, "val_ce_loss")))
     logger.close()
-    show_samples(cfg, inputs, {"teacher": teacher.model, "student": student})
+    sampled = {"teacher": teacher.model, "student": student}
+    print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     print(f"The student is in {folder}. Hear it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
     print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
 
@@ -196,6 +213,7 @@ class Inputs:
     dtype: torch.dtype
     student_config: dict[str, Any]  # the student's config.json
     tokenizer: tokenizers.Tokenizer
+    tokenizer_path: str
     loader: data.Loader
     val_batches: list[data.Batch]  # empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
@@ -216,19 +234,17 @@ def check(cfg: Config) -> Inputs:
         output_dir, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite_output_dir
     )
 
-    start_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
-    student_config = checkpoint.select_layers(start_config, cfg.checkpointer.keep_layers)
+    student_config = checkpoint.check_start(cfg.checkpointer)
     teacher_config = checkpoint.read_config(cfg.teacher_checkpointer.checkpoint_dir)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
-    if not cfg.checkpointer.random_weights:
-        checkpoint.check_files(cfg.checkpointer.checkpoint_dir, models.from_hf_config(start_config))
 
-    tokenizer = tokenizers.load(tokenizer_path(cfg))
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
+    tokenizer = tokenizers.load(tokenizer_path)
     teacher_tokenizer = tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir)
     preflight.check_pair(tokenizer, teacher_tokenizer, student, teacher)
-    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, student, "student")
-    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, teacher, "teacher")
+    for role, model in (("student", student), ("teacher", teacher)):
+        preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
 
     estimate = memory.estimate(
         student,
@@ -262,25 +278,8 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
     print(f"run       {num_steps} steps, {cfg.dtype} on {device.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(run_device, dtype, student_config, tokenizer, loader, val_batches, num_steps, resume_from)
-
-
-def tokenizer_path(cfg: Config) -> str:
-    return cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
-
-
-def load_student(cfg: Config, inputs: Inputs) -> models.Decoder:
-    """The student where this run starts or continues."""
-    if inputs.resume_from is not None:
-        # A checkpoint is a whole model: how the first one was made no longer matters.
-        return checkpoint.load_model(inputs.resume_from, dtype=inputs.dtype, device=inputs.device)
-    return checkpoint.load_model(
-        cfg.checkpointer.checkpoint_dir,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        keep_layers=cfg.checkpointer.keep_layers,
-        random_weights=cfg.checkpointer.random_weights,
-        seed=cfg.seed,
+    return Inputs(
+        run_device, dtype, student_config, tokenizer, tokenizer_path, loader, val_batches, num_steps, resume_from
     )
 
 
@@ -339,9 +338,9 @@ def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher:
     )
     if teacher_ce >= uniform:
         print(
-            f"WARNING: the teacher predicts the labels worse than a uniform guess ({teacher_ce:.3f} against {uniform:.3f} "
-            f"nats), so a student learns noise from it. Is {cfg.teacher_checkpointer.checkpoint_dir} trained, and for "
-            "this kind of text?"
+            f"WARNING: the teacher predicts the labels worse than a uniform guess ({teacher_ce:.3f} against "
+            f"{uniform:.3f} nats), so a student learns noise from it. Is {cfg.teacher_checkpointer.checkpoint_dir} "
+            "trained, and for this kind of text?"
         )
 
 
@@ -355,20 +354,3 @@ def closing_table(before: dict[str, float], after: dict[str, float]) -> str:
     lines = [f"{'validation':<16}{'ce':>8}{'KL to teacher':>16}{'top-1 agreement':>18}"]
     lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, ce, kl, agreement in rows]
     return "\n".join(lines)
-
-
-def show_samples(cfg: Config, inputs: Inputs, named_models: dict[str, models.Decoder]) -> None:
-    """Greedy continuations of the prompts, the models below each other."""
-    tokenizer = inputs.tokenizer
-    prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
-    continuations = {
-        name: generation.generate(
-            model, prompts, max_new_tokens=cfg.sample_max_new_tokens, stop_ids=set(tokenizer.eos_ids)
-        )
-        for name, model in named_models.items()
-        if prompts
-    }
-    for i, prompt in enumerate(cfg.sample_prompts):
-        print(f"\nprompt:  {prompt}")
-        for name, texts in continuations.items():
-            print(f"{name + ':':<9}{tokenizer.decode(texts[i])}")

@@ -1,6 +1,4 @@
-"""Checkpoints: Hugging Face folders in and out (`huggingface.py`), and the state of a run (`state.py`)."""
-
-from dataclasses import dataclass
+"""Checkpoints: Hugging Face folders in and out, where a model starts, and the state of a run."""
 
 from kdtune.checkpoint.huggingface import (
     check_files,
@@ -10,35 +8,21 @@ from kdtune.checkpoint.huggingface import (
     save_model,
     select_layers,
 )
+from kdtune.checkpoint.start import CheckpointerConfig, StartCheckpointerConfig, check_start, load_start
 from kdtune.checkpoint.state import Run, latest, prepare_output_dir
-from kdtune.config import MISSING
 
 __all__ = [
     "CheckpointerConfig",
     "Run",
-    "TeacherCheckpointerConfig",
+    "StartCheckpointerConfig",
     "check_files",
+    "check_start",
     "copy_companions",
     "latest",
     "load_model",
+    "load_start",
     "prepare_output_dir",
     "read_config",
     "save_model",
     "select_layers",
 ]
-
-
-@dataclass
-class CheckpointerConfig:
-    """Where a model comes from."""
-
-    checkpoint_dir: str = MISSING  # Hugging Face folder: config.json, *.safetensors, tokenizer
-    random_weights: bool = False  # start from fresh weights of the shape in config.json; other weights are not read
-    keep_layers: list[int] | None = None  # start from these layers of it, in increasing order; null: all
-
-
-@dataclass
-class TeacherCheckpointerConfig:
-    """Where the teacher comes from."""
-
-    checkpoint_dir: str = MISSING  # Hugging Face folder: config.json, *.safetensors, tokenizer

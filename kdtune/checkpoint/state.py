@@ -24,7 +24,6 @@ import torch
 from kdtune import __version__
 
 
-
 class Stateful(Protocol):
     """What can be stopped and continued: optimizer, schedule, loader."""
 
@@ -49,7 +48,9 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Pa
             and there is only a finished model.
     """
     if resume and overwrite:
-        raise ValueError("resume_from_checkpoint and overwrite_output_dir exclude each other: continue, or start again?")
+        raise ValueError(
+            "resume_from_checkpoint and overwrite_output_dir exclude each other: continue, or start again?"
+        )
     if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
         return newest
     if resume:
@@ -167,8 +168,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{folder / STATE_FILE} cannot be read ({error}). Delete {folder} to resume from an older checkpoint if there "
-            "is one, or start again with overwrite_output_dir=true."
+            f"{folder / STATE_FILE} cannot be read ({error}). Delete {folder} to resume from an older checkpoint if "
+            "there is one, or start again with overwrite_output_dir=true."
         ) from error
 
 

@@ -1,9 +1,9 @@
 """The chunked objective.
 
-Logits are the largest tensors of a distillation step: `[tokens, vocabulary]` in float32 for student and teacher, several
-times over once autograd keeps what it needs. Here they exist for one chunk of labelled tokens at a time. Each chunk is
-projected once per model, its loss and its gradient are computed together, and only the gradients of the hidden states
-and of the head stay. Memory does not grow with the number of tokens.
+Logits are the largest tensors of a distillation step: `[tokens, vocabulary]` in float32 for student and teacher,
+several times over once autograd keeps what it needs. Here they exist for one chunk of labelled tokens at a time. Each
+chunk is projected once per model, its loss and its gradient are computed together, and only the gradients of the hidden
+states and of the head stay. Memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def distillation_loss(
 
     With p = softmax(teacher / T) and q = softmax(student / T), the divergence of a token is KL(p || q) =
     sum p (log p - log q) (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). Its gradient shrinks as
-    1 / T^2, hence the factor T^2 of section 2 of that paper, on by default. Softmax and sums are in float32 (float64 for
-    float64 models) whatever the type of the models.
+    1 / T^2, hence the factor T^2 of section 2 of that paper, on by default. Softmax and sums are in float32 (float64
+    for float64 models) whatever the type of the models.
 
     Vocabularies may differ by padding at their end: the divergence is then taken over the entries that both have, each
     distribution normalised over those. The cross-entropy is over the student's whole vocabulary, as in fine-tuning.

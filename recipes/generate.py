@@ -1,0 +1,133 @@
+"""Continue prompts with a model: greedily, or by sampling.
+
+    kdtune run generate --config quickstart prompt="Question: Tom has 3 apples"
+    kdtune run generate checkpointer.checkpoint_dir=runs/llama/model prompts_file=prompts.txt chat=true \\
+        temperature=0.7 top_p=0.9
+
+All prompts go through the model together, with cached keys and values; a row never depends on its neighbours.
+
+Temperature, top-k and top-p (nucleus) sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration",
+arXiv:1904.09751.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdtune import checkpoint, device, generation, models, preflight, tokenizers
+from kdtune.config import setting
+
+
+@dataclass
+class Config:
+    """Every setting of this recipe."""
+
+    prompt: str | None = None  # text to continue, or with chat=true the user's turn
+    prompts_file: str | None = None  # a text file with one prompt per line, instead of prompt
+    chat: bool = False  # put each prompt into the model's chat template
+    system_prompt: str | None = None  # first turn of the chat; null: none
+
+    checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the model
+
+    max_new_tokens: int = setting(128, gt=0)  # length at which a continuation is cut
+    temperature: float = setting(0.0, ge=0)  # divides the logits before sampling; 0 takes the likeliest token each time
+    top_k: int | None = setting(None, gt=0)  # sample among the k likeliest tokens; null: all
+    top_p: float | None = setting(None, gt=0, le=1)  # sample among the likeliest tokens that hold this mass; null: all
+    num_samples: int = setting(1, gt=0)  # continuations of each prompt
+    batch_size: int = setting(16, gt=0)  # prompts that go through the model together
+    seed: int = setting(0, ge=0)  # of the sampling
+
+    device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
+    dtype: device.Dtype = "bf16"  # of the weights
+    output_file: str | None = None  # also write {"prompt", "continuation"} as JSON lines here; null: only print
+
+
+def main(cfg: Config) -> None:
+    inputs = check(cfg)
+    model = checkpoint.load_model(cfg.checkpointer.checkpoint_dir, dtype=inputs.dtype, device=inputs.device).eval()
+
+    results: list[dict[str, str]] = []
+    num_tokens, started = 0, time.perf_counter()
+    for first in range(0, len(inputs.rows), cfg.batch_size):
+        rows = inputs.rows[first : first + cfg.batch_size]
+        new_tokens = generation.generate(
+            model,
+            [row.tokens for row in rows],
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            stop_ids=inputs.tokenizer.eos_ids,
+            seed=cfg.seed + first,  # each row has its own random numbers, whatever the batch size
+        )
+        for row, tokens in zip(rows, new_tokens, strict=True):
+            results.append({"prompt": row.prompt, "continuation": inputs.tokenizer.decode(tokens)})
+            print(f"--- {row.prompt}\n{results[-1]['continuation']}\n", flush=True)
+            num_tokens += len(tokens)
+    print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started):.0f} tokens/s")
+
+    if cfg.output_file is not None:
+        Path(cfg.output_file).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+
+
+@dataclass
+class Row:
+    """One continuation to make."""
+
+    prompt: str
+    tokens: list[int]
+
+
+@dataclass
+class Inputs:
+    """What is known before a weight is read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: tokenizers.Tokenizer
+    rows: list[Row]
+
+
+def check(cfg: Config) -> Inputs:
+    """Find whatever can be wrong before a weight is read.
+
+    Raises:
+        ValueError, OSError: what is wrong, why it matters and what to do.
+    """
+    run_device = device.resolve(cfg.device)
+    if cfg.temperature == 0 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
+        raise ValueError(
+            "temperature=0 takes the likeliest token each time, so top_k, top_p and num_samples change nothing. Sample "
+            "with a temperature above 0, or leave them out."
+        )
+    if cfg.system_prompt is not None and not cfg.chat:
+        raise ValueError("system_prompt is a turn of a chat: give chat=true with it, or put the text into the prompt.")
+    if (cfg.prompt is None) == (cfg.prompts_file is None):
+        raise ValueError("Give prompt=... (one text) or prompts_file=... (one prompt per line), and not both.")
+    prompts = [cfg.prompt] if cfg.prompt is not None else Path(cfg.prompts_file or "").read_text().splitlines()
+    if not prompts:
+        raise ValueError(f"prompts_file={cfg.prompts_file} is empty: there is nothing to continue.")
+
+    folder = cfg.checkpointer.checkpoint_dir
+    model = models.from_hf_config(checkpoint.read_config(folder))
+    checkpoint.check_files(folder, model)
+    tokenizer = tokenizers.load(folder)
+    preflight.check_vocabulary(tokenizer, model, "model")
+
+    rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]
+    longest = max(len(row.tokens) for row in rows) + cfg.max_new_tokens
+    preflight.check_sequence_length(longest, "the longest prompt plus max_new_tokens", model, "model")
+    print(preflight.describe(folder, model))
+    print(f"{len(rows)} continuations, {cfg.dtype} on {device.describe(run_device)}\n")
+    return Inputs(run_device, device.DTYPES[cfg.dtype], tokenizer, rows)
+
+
+def encode(cfg: Config, tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
+    """The ids that the model continues."""
+    if not cfg.chat:
+        return tokenizer.encode(prompt)
+    system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt is not None else []
+    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
