@@ -1,13 +1,13 @@
 """Rows of any common form to batches of tokens and labels.
 
 `load(cfg, tokenizer, max_seq_len)` reads and tokenises a data set once (`Examples`); `Loader` deals it out in
-optimizer steps, shuffled and resumable; `batches` goes through it in order. Labels are shifted here and nowhere else: the label at
-position i is the token at i + 1, or IGNORE.
+optimizer steps, shuffled and resumable; `batches` goes through it in order. Labels are shifted here and nowhere else:
+the label at position i is the token at i + 1, or IGNORE.
 """
 
-from kdtune.data.batch import IGNORE, Batch, collate
+from kdtune.data.batch import IGNORE, Batch, collate, count_labels
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples, load
 from kdtune.data.loader import Loader, batches
 
-__all__ = ["IGNORE", "Batch", "DatasetConfig", "Examples", "Loader", "batches", "collate", "load"]
+__all__ = ["IGNORE", "Batch", "DatasetConfig", "Examples", "Loader", "batches", "collate", "count_labels", "load"]

@@ -41,6 +41,11 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+def count_labels(batches: Sequence[Batch]) -> int:
+    """Scored positions of all of them: what the sums of an optimizer step are divided by."""
+    return sum(batch.num_labels for batch in batches)
+
+
 def collate(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> Batch:
     """Pads rows on the right, to the longest of them.
 

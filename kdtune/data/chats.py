@@ -43,8 +43,8 @@ def _read_message(message: Any, what: str) -> Message:
     role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
     if role_key not in message:
         raise ValueError(
-            f"{what} has the keys {', '.join(message) or '(none)'}, expected role and content (OpenAI) or from and value "
-            "(ShareGPT)."
+            f"{what} has the keys {', '.join(message) or '(none)'}, expected role and content (OpenAI) or from and "
+            "value (ShareGPT)."
         )
     role = _ROLES.get(message[role_key])
     if role is None:

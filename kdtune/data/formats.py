@@ -44,8 +44,8 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
     unknown = sorted(set(cfg.column_map) - set(known))
     if unknown:
         raise ValueError(
-            f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the format's names to "
-            f"the columns of the rows; the names are {', '.join(known)}."
+            f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the format's names "
+            f"to the columns of the rows; the names are {', '.join(known)}."
         )
     if cfg.prompt_template is not None and cfg.format != "instruct":
         raise ValueError(f"prompt_template is for format=instruct, not {cfg.format}. Leave it out.")
@@ -158,8 +158,8 @@ def _string(row: Columns, column: str, name: str) -> str:
 def _value(row: Columns, column: str, name: str) -> Any:
     if column not in row:
         raise ValueError(
-            f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, say so: "
-            f"column_map={{{name}: <column>}}."
+            f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, "
+            f"say so: column_map={{{name}: <column>}}."
         )
     if row[column] is None:
         raise ValueError(f"column {column!r} is null, expected a value.")

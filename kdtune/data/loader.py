@@ -19,6 +19,7 @@ class Loader:
     example once; its last step takes what is left.
 
     Attributes:
+        examples: what it deals out.
         epoch: complete epochs so far, so that `while loader.epoch < epochs` trains for `epochs` of them.
     """
 
@@ -28,6 +29,7 @@ class Loader:
         *,
         batch_size: int,
         gradient_accumulation_steps: int = 1,
+        max_steps_per_epoch: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         pad_id: int = 0,
@@ -37,25 +39,28 @@ class Loader:
             examples: at least one.
             batch_size: examples of a micro-batch.
             gradient_accumulation_steps: micro-batches of a step.
+            max_steps_per_epoch: steps after which an epoch ends early, leaving its other examples out; None: none is.
             shuffle: a new order for each epoch; False: as read.
             seed: >= 0.
             pad_id: id that fills the rows.
         """
         if len(examples) == 0:
             raise ValueError(f"{examples.name} has no examples.")
-        self._examples = examples
+        self.examples = examples
         self._batch_size = batch_size
         self._step_size = batch_size * gradient_accumulation_steps
         self._shuffle = shuffle
         self._seed = seed
         self._pad_id = pad_id
+        whole = len(examples)
+        self._epoch_size = min(whole, (max_steps_per_epoch or whole) * self._step_size)  # examples of an epoch
         self._position = 0  # examples of this epoch that were dealt out
         self.epoch = 0
         self._order = self._order_of(0)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._examples) // self._step_size)
+        return -(-self._epoch_size // self._step_size)
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step.
@@ -63,15 +68,16 @@ class Loader:
         Their loss is a sum over the whole step, so that it does not matter which micro-batch an example is in: they are
         grouped by length, which saves padding, longest first, which shows at once whether they fit into memory.
         """
-        chosen = self._order[self._position : self._position + self._step_size].tolist()
+        stop = min(self._position + self._step_size, self._epoch_size)
+        chosen = self._order[self._position : stop].tolist()
         self._position += len(chosen)
-        if self._position == len(self._examples):
+        if self._position == self._epoch_size:
             self.epoch += 1
             self._position = 0
             self._order = self._order_of(self.epoch)
-        chosen.sort(key=self._examples.length, reverse=True)
+        chosen.sort(key=self.examples.length, reverse=True)
         return [
-            collate([self._examples[i] for i in chosen[start : start + self._batch_size]], self._pad_id)
+            collate([self.examples[i] for i in chosen[start : start + self._batch_size]], self._pad_id)
             for start in range(0, len(chosen), self._batch_size)
         ]
 
@@ -82,7 +88,7 @@ class Loader:
             "position": self._position,
             "seed": self._seed,
             "shuffle": self._shuffle,
-            "fingerprint": self._examples.fingerprint,
+            "fingerprint": self.examples.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,7 +102,7 @@ class Loader:
         for key, what in names.items():
             if state[key] != here[key]:
                 raise ValueError(
-                    f"cannot continue in {self._examples.name}: {what} changed since the checkpoint ({state[key]} then, "
+                    f"cannot continue in {self.examples.name}: {what} changed since the checkpoint ({state[key]} then, "
                     f"{here[key]} now), so that some rows would be seen twice and others never. Restore it, or start anew "
                     "with resume_from_checkpoint=false and another output_dir."
                 )
@@ -106,8 +112,8 @@ class Loader:
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
-            return np.arange(len(self._examples))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+            return np.arange(len(self.examples))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self.examples))
 
 
 def batches(examples: Examples, batch_size: int, pad_id: int) -> Iterator[Batch]:
