@@ -140,14 +140,14 @@ def load(
             if vocab_size is not None and max(tokens, default=0) >= vocab_size:
                 raise ValueError(
                     f"{name}: {row.place} has the token {tokenizer.piece(max(tokens))!r} with id {max(tokens)}, but "
-                    f"the models have {vocab_size} ids. Tokenizer and models do not belong together, or the row holds a "
-                    "special token that they were not built with."
+                    f"the models have {vocab_size} ids. Tokenizer and models do not belong together, or the row "
+                    "holds a special token that they were not built with."
                 )
         examples.add_row(encoded)
     if len(examples) == 0:
         raise ValueError(
             f"{name}: none of the {examples.num_rows:,} rows of {cfg.source} has anything to train on: either their "
-            f"answers are empty, or their prompts alone are longer than max_seq_len={max_seq_len}. Look at the rows, or raise "
-            "tokenizer.max_seq_len."
+            f"answers are empty, or their prompts alone are longer than max_seq_len={max_seq_len}. Look at the "
+            "rows, or raise tokenizer.max_seq_len."
         )
     return examples

@@ -102,9 +102,9 @@ class Loader:
         for key, what in names.items():
             if state[key] != here[key]:
                 raise ValueError(
-                    f"cannot continue in {self.examples.name}: {what} changed since the checkpoint ({state[key]} then, "
-                    f"{here[key]} now), so that some rows would be seen twice and others never. Restore it, or start anew "
-                    "with resume_from_checkpoint=false and another output_dir."
+                    f"cannot continue in {self.examples.name}: {what} changed since the checkpoint ({state[key]} "
+                    f"then, {here[key]} now), so that some rows would be seen twice and others never. Restore it, or "
+                    "start anew with resume_from_checkpoint=false and another output_dir."
                 )
         self.epoch = state["epoch"]
         self._position = state["position"]

@@ -57,8 +57,8 @@ def read(
         rows = _from_hub(source, subset, name or "train")
     else:
         raise FileNotFoundError(
-            f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on the "
-            "Hugging Face hub."
+            f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
+            "the Hugging Face hub."
         )
     return rows[part(len(rows))]
 
@@ -178,8 +178,8 @@ def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
         key = "data" if "data" in lists else next(iter(lists), None)
         if key is None or (key != "data" and len(lists) > 1):
             raise ValueError(
-                f"{path} holds one object with the keys {', '.join(content) or '(none)'}; expected a list of rows, or an "
-                'object with the rows as its only list or under "data".'
+                f"{path} holds one object with the keys {', '.join(content) or '(none)'}; expected a list of rows, or "
+                'an object with the rows as its only list or under "data".'
             )
         content = lists[key]
     if not isinstance(content, list):

@@ -25,13 +25,16 @@ from typing import Any
 
 import tokenizers
 
-from kdtune.tokenizers.folder import AddedToken, Settings
+from kdtune.tokenizers.folder import Settings
 
 # Sets normalizer_spec.add_dummy_prefix (field 3 of field 3) to false: in protobuf's wire format the last value wins.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 # Llama 3's split pattern and special tokens (Meta's llama-models, models/llama3/tokenizer.py).
-_LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3_NUM_RANKS = 128_000
 _LLAMA3_NUM_SPECIAL = 256
 _LLAMA3_SPECIAL = {
@@ -165,9 +168,9 @@ class TiktokenBackend:
         is_llama3 = len(ranks) == _LLAMA3_NUM_RANKS or settings.model_type in ("llama", "mllama")
         if not is_llama3:
             raise ValueError(
-                f"{path} is a tiktoken rank file with {len(ranks):,} ranks. Such a file says neither how text is split nor "
-                f"which special tokens there are, and kdtune knows both for Llama 3 only ({_LLAMA3_NUM_RANKS:,} ranks, or "
-                '"model_type": "llama" in config.json). Put the tokenizer.json of this model into the folder.'
+                f"{path} is a tiktoken rank file with {len(ranks):,} ranks. Such a file says neither how text is split "
+                f"nor which special tokens there are, and kdtune knows both for Llama 3 only ({_LLAMA3_NUM_RANKS:,} "
+                'ranks, or "model_type": "llama" in config.json). Put the tokenizer.json of this model into the folder.'
             )
         self._added = {
             _LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i - 8}|>"): len(ranks) + i
@@ -244,8 +247,8 @@ def from_vocab_and_merges(vocab: Path, merges: Path, settings: Settings) -> Json
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         raise ValueError(
-            f"{vocab.parent} holds vocab.json and merges.txt of a {kind!r} tokenizer, which do not say how text is split; "
-            "kdtune knows this for GPT-2 and Qwen 2 only. Convert the folder once, with transformers: "
+            f"{vocab.parent} holds vocab.json and merges.txt of a {kind!r} tokenizer, which do not say how text is "
+            "split; kdtune knows this for GPT-2 and Qwen 2 only. Convert the folder once, with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json."
         )
     return JsonBackend(tokenizer, settings)
@@ -308,8 +311,8 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
             tokenizer.add_tokens([tokenizers.AddedToken(**vars(token))])
         if tokenizer.token_to_id(token.content) != id:
             raise ValueError(
-                f"tokenizer_config.json or added_tokens.json gives id {id} to {token.content!r}, the vocabulary has it at "
-                f"{tokenizer.token_to_id(token.content)}. The files of this folder do not belong together."
+                f"tokenizer_config.json or added_tokens.json gives id {id} to {token.content!r}, the vocabulary has it "
+                f"at {tokenizer.token_to_id(token.content)}. The files of this folder do not belong together."
             )
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     rest = [content for content in (*settings.named.values(), *settings.special) if content not in added]

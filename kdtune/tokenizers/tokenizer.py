@@ -37,7 +37,7 @@ class Tokenizer:
     Attributes:
         vocab_size: rows that an embedding needs for it: the highest id + 1. A model often has some more, as padding.
         bos_id: begins a text; None if the tokenizer has no such token.
-        adds_bos: whether a text begins with bos unless the caller says otherwise. add_bos_token of tokenizer_config.json
+        adds_bos: whether a text begins with bos unless the caller says otherwise. tokenizer_config.json's add_bos_token
             decides; else what tokenizer.json's post-processor does; else a sentencepiece or tiktoken model adds it.
         eos_ids: end a text: first the tokenizer's own (it is the one to append), then those of generation_config.json,
             at any of which generation stops. Empty if there is none.
@@ -154,7 +154,8 @@ class Tokenizer:
         if not self.has_chat_template:
             raise ValueError(
                 f"the tokenizer in {self.source} has no chat template, so messages cannot be turned into text. Put a "
-                "chat_template.jinja into the folder (instruction-tuned checkpoints come with one), or use rows that need none."
+                "chat_template.jinja into the folder (instruction-tuned checkpoints come with one), or use rows of "
+                "another format."
             )
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         variables = {
@@ -201,11 +202,12 @@ def load(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"no tokenizer at {path}: no such file or folder. If this is a name on the Hugging Face hub, fetch it first: "
-            f"kdtune download {path} --output-dir <folder>"
+            f"no tokenizer at {path}: no such file or folder. If this is a name on the Hugging Face hub, fetch it "
+            f"first: kdtune download {path} --output-dir <folder>"
         )
     folder = path if path.is_dir() else path.parent
     settings = read_settings(folder)
+    backend: JsonBackend | SentencePieceBackend | TiktokenBackend
     if path.is_file():
         is_json = path.suffix == ".json" and path.name != "vocab.json"
         if path.name in ("vocab.json", "merges.txt"):
@@ -220,8 +222,8 @@ def load(path: str | Path) -> Tokenizer:
         backend = from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt", settings)
     else:
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt; there are "
-            f"{', '.join(sorted(entry.name for entry in folder.iterdir())[:20]) or 'no files'}."
+            f"no tokenizer in {folder}: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt; there "
+            f"are {', '.join(sorted(entry.name for entry in folder.iterdir())[:20]) or 'no files'}."
         )
     return Tokenizer(backend, settings, path)
 
