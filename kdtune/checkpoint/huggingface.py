@@ -207,6 +207,7 @@ def save_model(
     for file_name, shard in zip(names, shards, strict=True):
         tensors = {name: weights[name].cpu().contiguous() for name in shard}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
+        shutil.copymode(folder / "config.json", folder / file_name)  # safetensors 0.8 lets nobody but the owner read
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         total_size = sum(weight.nbytes for weight in weights.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 16 * 2**20  # bytes read at a time
+PIECE = 4 * 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True)
