@@ -71,7 +71,6 @@ def _fetch(
 
     page = f"https://huggingface.co/{repo}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         huggingface_hub.snapshot_download(
             repo, revision=revision, local_dir=folder, token=token, allow_patterns=allow, ignore_patterns=ignore
         )

@@ -7,13 +7,14 @@ from typing import NoReturn
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are raised like every other mistake of the user."""
 
-    def __init__(self, command: str, description: str, **options: str | bool | None) -> None:
+    def __init__(self, command: str, description: str, *, usage: str | None = None, add_help: bool = True) -> None:
         super().__init__(
             prog=f"kdtune {command}",
             description=description,
+            usage=usage,
+            add_help=add_help,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,  # type: ignore[arg-type]
         )
 
     def error(self, message: str) -> NoReturn:

@@ -20,6 +20,7 @@ USAGE = "<recipe | file.py> [--config <name | file.yaml>] [key=value ...]"
 class Call:
     """What was asked for, with names already found."""
 
+    name: str  # of the recipe, as given
     recipe: Path
     config: Path | None
     overrides: list[str]
@@ -52,7 +53,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> Call | None:
         from kdtune.config import split_overrides
 
         split_overrides(rest[1:])
-    return Call(recipe, config, rest[1:], options)
+    return Call(rest[0], recipe, config, rest[1:], options)
 
 
 def load_module(path: Path) -> ModuleType:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         return
     module = recipe.load_module(call.recipe)
     if call.options.help:
-        print("\n".join(_help(call.recipe.stem, module)))
+        print("\n".join(_help(call, module)))
         return
     cfg = recipe.settings(module, call)
     if call.options.dry_run:
@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> None:
         module.main(cfg)
 
 
-def _help(name: str, module: ModuleType) -> Iterator[str]:
+def _help(call: recipe.Call, module: ModuleType) -> Iterator[str]:
     from kdtune import config
 
     width = min(max(shutil.get_terminal_size().columns, 80), 120)
-    yield f"usage: kdtune run {name} [--config <name | file.yaml>] [key=value ...] [--dry-run]"
+    yield f"usage: kdtune run {call.name} [--config <name | file.yaml>] [key=value ...] [--dry-run]"
     yield ""
     yield from textwrap.wrap((module.__doc__ or "").strip().partition("\n\n")[0], width)
-    configs = [shipped.name for shipped in catalog.configs(catalog.bare_name(name))]
+    configs = [shipped.name for shipped in catalog.configs(catalog.bare_name(call.recipe.stem))]
     if configs:
         yield ""
         yield from textwrap.wrap(
