@@ -33,7 +33,7 @@ T = TypeVar("T")
 ASSETS = Path(__file__).resolve().parent / "assets"
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NULLS = ("null", "None", "~")
-_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+_RESOLVER = re.compile(r"(?<!\\)\$\{\s*([\w.]+)\s*:")
 
 
 def setting(
@@ -141,9 +141,9 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def to_yaml(cfg: object) -> str:
+def to_yaml(cfg: Any) -> str:
     """The settings as YAML with every interpolation resolved; `load` reads it back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(dataclasses.asdict(cfg))))
 
 
 def describe(schema: type) -> list[Setting]:
@@ -237,7 +237,7 @@ def _describe(schema: Any, defaults: Any, prefix: str) -> Iterator[Setting]:
 
 
 def _comments(schema: Any) -> dict[str, str]:
-    """Comment of each field: behind it (and further in on the lines below), else on the lines right above it."""
+    """Comment of each field: behind it, else on the lines right above it."""
     comments: dict[str, str] = {}
     for base in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -252,16 +252,10 @@ def _comments(schema: Any) -> dict[str, str]:
                 continue
             first, last = statement.lineno, statement.end_lineno or statement.lineno
             lines = [line for line in range(first, last + 1) if line in at_line]
-            if lines:
-                line = last + 1
-                while line in alone and at_line[line].start[1] > statement.col_offset:
-                    lines.append(line)
-                    line += 1
-            else:
-                line = first - 1
-                while line in alone and at_line[line].start[1] == statement.col_offset:
-                    lines.insert(0, line)
-                    line -= 1
+            above = first - 1
+            while above in alone and (not lines or lines[0] < first):
+                lines.insert(0, above)
+                above -= 1
             comments[statement.target.id] = " ".join(at_line[line].string.lstrip("# ").rstrip() for line in lines)
     return comments
 
@@ -437,6 +431,15 @@ def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: lis
 def _holds(value: float, bound: str, limit: float) -> bool:
     # Written so that NaN holds no bound.
     return {"gt": value > limit, "ge": value >= limit, "lt": value < limit, "le": value <= limit}[bound]
+
+
+def _escape(value: Any) -> Any:
+    """A text that came out as `${...}`, because it was given as `\\${...}`, must not be interpolated when read back."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    return [_escape(item) for item in value] if isinstance(value, list) else value
 
 
 def _strings(value: Any) -> Iterator[str]:
