@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kdtune import checkpoint, device, generation, models, preflight, tokenizers
+from kdtune import checkpoint, devices, generation, models, preflight, tokenizers
 from kdtune.config import setting
 
 
@@ -41,7 +41,7 @@ class Config:
     seed: int = setting(0, ge=0)  # of the sampling
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
-    dtype: device.Dtype = "bf16"  # of the weights
+    dtype: devices.Dtype = "bf16"  # of the weights
     output_file: str | None = None  # also write {"prompt", "continuation"} as JSON lines here; null: only print
 
 
@@ -97,7 +97,7 @@ def check(cfg: Config) -> Inputs:
     Raises:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
-    run_device = device.resolve(cfg.device)
+    run_device = devices.resolve(cfg.device)
     if cfg.temperature == 0 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise ValueError(
             "temperature=0 takes the likeliest token each time, so top_k, top_p and num_samples change nothing. Sample "
@@ -121,8 +121,8 @@ def check(cfg: Config) -> Inputs:
     longest = max(len(row.tokens) for row in rows) + cfg.max_new_tokens
     preflight.check_sequence_length(longest, "the longest prompt plus max_new_tokens", model, "model")
     print(preflight.describe(folder, model))
-    print(f"{len(rows)} continuations, {cfg.dtype} on {device.describe(run_device)}\n")
-    return Inputs(run_device, device.DTYPES[cfg.dtype], tokenizer, rows)
+    print(f"{len(rows)} continuations, {cfg.dtype} on {devices.describe(run_device)}\n")
+    return Inputs(run_device, devices.DTYPES[cfg.dtype], tokenizer, rows)
 
 
 def encode(cfg: Config, tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

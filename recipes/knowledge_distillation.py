@@ -34,7 +34,7 @@ from kdtune import (
     checkpoint,
     config,
     data,
-    device,
+    devices,
     generation,
     losses,
     memory,
@@ -82,7 +82,7 @@ class Config:
     shuffle: bool = True  # a new order of the rows in each epoch
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
-    dtype: device.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
+    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
 
@@ -226,8 +226,8 @@ def check(cfg: Config) -> Inputs:
     Raises:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
-    run_device = device.resolve(cfg.device)
-    dtype = device.DTYPES[cfg.dtype]
+    run_device = devices.resolve(cfg.device)
+    dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     resume_from = checkpoint.prepare_output_dir(
@@ -276,7 +276,7 @@ def check(cfg: Config) -> Inputs:
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
-    print(f"run       {num_steps} steps, {cfg.dtype} on {device.describe(run_device)}, into {output_dir}")
+    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
     return Inputs(
         run_device, dtype, student_config, tokenizer, tokenizer_path, loader, val_batches, num_steps, resume_from

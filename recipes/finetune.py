@@ -1,0 +1,258 @@
+"""Fine-tune a model on labels alone: prepares a teacher, and is the baseline that a distilled student must beat.
+
+    loss = ce = - log q(label)
+
+It is summed over the labelled tokens of the whole optimizer step and divided by their number once, so a step means the
+same however its rows are split into micro-batches. `knowledge_distillation` with kd_ratio=0 takes the same steps.
+
+    kdtune run finetune --config quickstart
+    kdtune run finetune checkpointer.checkpoint_dir=models/Llama-3.1-8B dataset.source=rows.jsonl output_dir=runs/8B
+
+With checkpointer.random_weights=true it trains a model of the shape in config.json from nothing.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtune import (
+    checkpoint,
+    config,
+    data,
+    devices,
+    generation,
+    losses,
+    memory,
+    metrics,
+    models,
+    optim,
+    preflight,
+    tokenizers,
+)
+from kdtune.config import MISSING, setting
+from kdtune.interrupt import Interrupt
+
+
+@dataclass
+class Config:
+    """Every setting of this recipe."""
+
+    checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the model
+    tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # of the model
+    dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
+    dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
+
+    batch_size: int = setting(4, gt=0)  # rows per micro-batch
+    gradient_accumulation_steps: int = setting(1, gt=0)  # micro-batches per optimizer step
+    epochs: int = setting(1, gt=0)  # passes over the rows
+    max_steps_per_epoch: int | None = setting(None, gt=0)  # optimizer steps that end an epoch early; null: all rows
+    max_steps: int | None = setting(None, gt=0)  # optimizer steps that end the run early; null: all epochs
+    optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig)  # AdamW
+    lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig)  # learning rate over the run
+    clip_grad_norm: float | None = setting(1.0, gt=0)  # largest norm of the gradient; null: not clipped
+    seed: int = setting(0, ge=0)  # of the rows' order and of random weights
+    shuffle: bool = True  # a new order of the rows in each epoch
+
+    device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
+    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
+    enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
+    loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
+
+    output_dir: str = MISSING  # metrics, checkpoints and the finished model go here
+    save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
+    resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint
+    overwrite_output_dir: bool = False  # delete the run in output_dir and start again
+    run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
+    log_every_n_steps: int = setting(1, gt=0)  # optimizer steps between lines in metrics.jsonl
+    metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig)  # other places for metrics
+    sample_prompts: list[str] = setting([])  # texts that the model continues greedily at the end
+    sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
+
+
+def main(cfg: Config) -> None:
+    inputs = check(cfg)
+
+    model = checkpoint.load_start(
+        cfg.checkpointer, inputs.resume_from, dtype=inputs.dtype, device=inputs.device, seed=cfg.seed
+    )
+    if cfg.enable_activation_checkpointing:
+        models.enable_activation_checkpointing(model)
+
+    optimizer = optim.build_optimizer(model, cfg.optimizer)
+    lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
+
+    def write_model(folder: Path) -> None:
+        checkpoint.save_model(model, folder, config=inputs.model_config, source=inputs.tokenizer_path)
+
+    run = checkpoint.Run(
+        Path(cfg.output_dir),
+        inputs.resume_from,
+        write_model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        loader=inputs.loader,
+    )
+    run.record(config.to_yaml(cfg), recipe=Path(__file__))
+    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
+
+    if inputs.val_batches and run.step == 0:
+        logger.log(0, evaluate(cfg, inputs, model))
+
+    throughput = metrics.Throughput()
+    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
+        for step in range(run.step + 1, inputs.num_steps + 1):
+            # The whole step is fetched first: its label count normalises every micro-batch, so that a step means the
+            # same for any split into micro-batches.
+            micro_batches = inputs.loader.next_step()
+            num_tokens = data.count_labels(micro_batches)
+            loss_sum = torch.zeros((), device=inputs.device)
+
+            for batch in micro_batches:
+                batch = batch.to(inputs.device)
+                hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+                loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
+                loss.total.backward()
+                loss_sum += loss.ce
+
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
+            throughput.add(num_tokens)
+            last = step == inputs.num_steps
+            if last or step % cfg.log_every_n_steps == 0:
+                # Reading the numbers waits for the device, which is why it is not done in every step.
+                loss_value = loss_sum.item()
+                if not math.isfinite(loss_value):
+                    raise run.not_finite(step, loss_value)
+                values = {
+                    "loss": loss_value,
+                    "lr": lr_scheduler.get_last_lr()[0],
+                    "grad_norm": grad_norm.item(),
+                    "num_tokens": num_tokens,
+                    "tokens_per_second": throughput.read(),
+                    "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
+                }
+                logger.log(step, values)
+                bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values))
+
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step = step
+            bar.update()
+
+            if inputs.val_batches and (last or (cfg.run_val_every_n_steps and step % cfg.run_val_every_n_steps == 0)):
+                values = evaluate(cfg, inputs, model)
+                logger.log(step, values)
+                bar.write(f"step {step}: validation loss {values['val_loss']:.3f}")
+                throughput.restart()
+            if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
+                folder = run.save()
+                throughput.restart()
+            if interrupt.received and not last:
+                bar.close()
+                print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
+                raise SystemExit(interrupt.exit_code)
+
+    folder = run.finish()
+    if inputs.val_batches:
+        before, after = (logger.logged(step, "val_loss") for step in (0, run.step))
+        print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
+    logger.close()
+    print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
+    print(f"The model is in {folder}. Hear it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
+    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
+
+
+@dataclass
+class Inputs:
+    """What is known before a weight is read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model_config: dict[str, Any]  # the model's config.json
+    tokenizer: tokenizers.Tokenizer
+    tokenizer_path: str
+    loader: data.Loader
+    val_batches: list[data.Batch]  # empty without dataset_val
+    num_steps: int  # optimizer steps of the whole run
+    resume_from: Path | None  # checkpoint of this run
+
+
+def check(cfg: Config) -> Inputs:
+    """Find whatever can be wrong before a weight is read, and say what is going to happen.
+
+    Raises:
+        ValueError, OSError: what is wrong, why it matters and what to do.
+    """
+    run_device = devices.resolve(cfg.device)
+    dtype = devices.DTYPES[cfg.dtype]
+    metrics.check_sinks(cfg.metric_logger)
+    output_dir = Path(cfg.output_dir)
+    resume_from = checkpoint.prepare_output_dir(
+        output_dir, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite_output_dir
+    )
+
+    model_config = checkpoint.check_start(cfg.checkpointer)
+    model = models.from_hf_config(model_config)
+
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
+    tokenizer = tokenizers.load(tokenizer_path)
+    preflight.check_vocabulary(tokenizer, model, "model")
+    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
+
+    estimate = memory.estimate(
+        model,
+        None,
+        dtype=dtype,
+        batch_size=cfg.batch_size,
+        seq_len=cfg.tokenizer.max_seq_len,
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+        loss_chunk_size=cfg.loss_chunk_size,
+    )
+    preflight.check_disk_space(output_dir, estimate.disk(keeps_checkpoints=cfg.save_every_n_steps > 0))
+
+    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
+    examples_val = cfg.dataset_val and data.load(
+        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val"
+    )
+    val_batches = list(data.batches(examples_val, cfg.batch_size, tokenizer.pad_id)) if examples_val else []
+    loader = data.Loader(
+        examples,
+        batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        max_steps_per_epoch=cfg.max_steps_per_epoch,
+        shuffle=cfg.shuffle,
+        seed=cfg.seed,
+        pad_id=tokenizer.pad_id,
+    )
+    num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+
+    print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
+    print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
+    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
+    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    return Inputs(
+        run_device, dtype, model_config, tokenizer, tokenizer_path, loader, val_batches, num_steps, resume_from
+    )
+
+
+def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:
+    """loss = ce, for one micro-batch of a step with `num_tokens` labels."""
+    return losses.distillation_loss(hidden, head, labels, num_tokens, chunk_size=cfg.loss_chunk_size)
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, float]:
+    """Mean over the labelled tokens of the validation rows, in nats."""
+    loss_sum = torch.zeros((), device=inputs.device)
+    for batch in inputs.val_batches:
+        batch = batch.to(inputs.device)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+        loss_sum += objective(cfg, hidden, model.head, batch.labels, data.count_labels(inputs.val_batches)).ce
+    return {"val_loss": loss_sum.item()}
