@@ -97,7 +97,7 @@ def sample(logits: Tensor, draws: Tensor, *, top_k: int | None = None, top_p: fl
     if top_k is not None:
         ordered, ids = ordered[:, :top_k], ids[:, :top_k]
     cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)  # [b, k]
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     if top_p is not None:
         total = total.clamp(max=top_p)
     # The first token that brings the sum to `total` is the last that may be drawn.

@@ -45,9 +45,10 @@ def convert(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
 def read_llama2c(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The `config.json` and the weights, named and laid out as Hugging Face does."""
     with checkpoint.open("rb") as stream:
-        d, hidden, layers, heads, kv_heads, vocab, seq_len = np.fromfile(stream, dtype="<i4", count=7).tolist()
-        if not (0 < d < 2**16 and 0 < layers < 2**10 and 0 < heads <= d and 0 < kv_heads <= heads):
+        header = np.fromfile(stream, dtype="<i4", count=7).tolist()
+        if len(header) < 7 or not (0 < header[3] <= header[0] < 2**16 and 0 < header[2] < 2**10):
             raise ValueError(f"{checkpoint} is not a version 0 checkpoint of llama2.c: its header makes no sense.")
+        d, hidden, layers, heads, kv_heads, vocab, seq_len = header
         hf_config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -235,7 +235,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(message)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is not a valid index of shards. Download it again.") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
