@@ -47,7 +47,7 @@ class Attention(nn.Module):
         d, n = config.hidden_size, config.head_dim
         self.index = index
         self.head_dim = n
-        self.grouped = config.num_kv_heads != config.num_heads
+        self.group_size = config.num_heads // config.num_kv_heads  # query heads that share a key head
         self.q_proj = nn.Linear(d, config.num_heads * n, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
@@ -66,8 +66,13 @@ class Attention(nn.Module):
         values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.store(self.index, keys, values)
+        # On CUDA, kernels that take fewer key heads know no mask and no float32; what then remains holds [b, h, s, s]
+        # (torch 2.13). Repeated heads open the memory-efficient kernel again.
+        native = mask is None and (queries.dtype in (torch.bfloat16, torch.float16) or not queries.is_cuda)
+        if not native and self.group_size > 1:
+            keys, values = (heads.repeat_interleave(self.group_size, dim=1) for heads in (keys, values))
         out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=native and self.group_size > 1
         )  # [b, h, s, n]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
