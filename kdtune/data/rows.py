@@ -190,7 +190,8 @@ def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
 
 def _read_lines(file: IO[str], path: Path) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
-        if not line.strip():
+        line = line.rstrip()  # so that an error at its end is not told of the next line
+        if not line:
             continue
         try:
             columns = json.loads(line)
