@@ -90,8 +90,9 @@ def find_config(name: str, recipe: str | None = None) -> Path:
         ValueError: no such config, with the nearest names; a folder that has none, or several, for the recipe.
         FileNotFoundError: no such file.
     """
+    is_path = name.startswith((".", "/", "~"))
     shipped = folder() / "configs" / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file() and not Path(name).is_file():
+    if shipped.is_file() and not is_path and not Path(name).is_file():
         return shipped
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
@@ -99,7 +100,7 @@ def find_config(name: str, recipe: str | None = None) -> Path:
             return path
         raise FileNotFoundError(f"No config file {name}. {nearest(name, _config_names(recipe))}")
     family = folder() / "configs" / name
-    if name and family.is_dir():
+    if name and family.is_dir() and not is_path:
         return _of_family(name, family, recipe)
     if Path(name).is_file():
         return Path(name)

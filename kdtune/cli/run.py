@@ -40,7 +40,8 @@ def _help(call: recipe.Call, module: ModuleType) -> Iterator[str]:
     from kdtune import config
 
     width = min(max(shutil.get_terminal_size().columns, 80), 120)
-    yield f"usage: kdtune run {call.name} [--config <name | file.yaml>] [key=value ...] [--dry-run]"
+    usage = f"usage: kdtune run {call.name} [--config <name | file.yaml>] [key=value ...] [--dry-run]"
+    yield from textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
     yield ""
     yield from textwrap.wrap((module.__doc__ or "").strip().partition("\n\n")[0], width)
     configs = [shipped.name for shipped in catalog.configs(catalog.bare_name(call.recipe.stem))]
