@@ -56,9 +56,10 @@ def _help(call: recipe.Call, module: ModuleType) -> Iterator[str]:
     for setting in config.describe(module.Config):
         if setting.is_section:
             section = f"{setting.key}."
-            optional = " (null unless one of its settings is given)" if setting.type != "section" else ""
+            is_optional = setting.type != "section" and "null" not in setting.comment
+            comment = f"{setting.comment}; null unless one of its settings is given" if is_optional else setting.comment
             yield ""
-            yield from textwrap.wrap(f"{setting.key}: {setting.comment}{optional}", width, subsequent_indent="  ")
+            yield from textwrap.wrap(f"{setting.key}: {comment}", width, subsequent_indent="  ")
             continue
         if section and not setting.key.startswith(section):
             section = ""

@@ -118,7 +118,7 @@ def test_help_lists_every_setting(columns: int, shipped: Path, kdtune: Run, monk
     assert "  output_dir=...                            str, required" in lines
     assert "dataset: rows to train on" in lines
     assert "  dataset.limit=null                        int or null, > 0" in lines
-    assert "dataset_val: rows to validate on (null unless one of its settings is given)" in lines
+    assert "dataset_val: rows to validate on; null unless one of its settings is given" in lines
     assert max(map(len, lines)) <= min(max(columns, 80), 120)
 
 
