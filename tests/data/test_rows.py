@@ -127,7 +127,7 @@ def test_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", lines(ROWS[:2]) + '{"a": \n', r"a\.jsonl, line 3, column 7: broken json"),
+        ("a.jsonl", lines(ROWS[:2]) + '{"a": \n', r"a\.jsonl, line 3, column 6: broken json"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json, line 2, column 7: broken json"),
         ("a.json", lines(ROWS[:2]) + "{", r"a\.json, line 3, column 2: broken json"),
         ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2 of .*a\.jsonl is a list"),
