@@ -157,6 +157,7 @@ def load_model(
     config = from_hf_config(select_layers(hf_config, keep_layers))
     stored = {} if random_weights else check_files(folder, from_hf_config(hf_config))
     generator = torch.Generator().manual_seed(seed)
+    buffer = torch.empty(PIECE, dtype=torch.uint8)
     with torch.device("meta"):
         model = Decoder(config)
     for name, parameter in list(model.named_parameters()):
@@ -164,7 +165,7 @@ def load_model(
         if random_weights:
             _draw(name, weight, config.initializer_range, generator)
         else:
-            read_into(stored[_name_in_folder(name, keep_layers)], weight)
+            read_into(stored[_name_in_folder(name, keep_layers)], weight, buffer)
         _assign(model, name, weight)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

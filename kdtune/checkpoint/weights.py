@@ -66,12 +66,14 @@ def _damaged(file: Path, how: str) -> str:
     return f"{file} is not a complete safetensors file: {how}. Download or copy it again."
 
 
-def read_into(stored: StoredTensor, target: Tensor) -> None:
-    """Fill `target`, contiguous and of the same shape, converting to its dtype and device."""
+def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
+    """Fill `target`, contiguous and of the same shape, converting to its dtype and device.
+
+    `buffer` holds one piece, uint8; keep it for the next tensor (each time a new one would leave holes in the heap).
+    """
     dtype = DTYPES[stored.dtype]
     flat = target.view(-1)
-    buffer = torch.empty(min(PIECE, stored.size), dtype=torch.uint8)
-    per_piece = PIECE // dtype.itemsize
+    per_piece = len(buffer) // dtype.itemsize
     assert stored.size == math.prod(stored.shape) * dtype.itemsize == flat.numel() * dtype.itemsize
     with stored.file.open("rb", buffering=0) as stream:
         stream.seek(stored.start)
