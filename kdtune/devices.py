@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 Dtype = Literal["bf16", "fp32"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -62,6 +62,7 @@ class Config:
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
+    matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
 
@@ -78,6 +79,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     inputs = check(cfg)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
 
     model = checkpoint.load_start(
         cfg.checkpointer, inputs.resume_from, dtype=inputs.dtype, device=inputs.device, seed=cfg.seed

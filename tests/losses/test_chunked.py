@@ -77,7 +77,9 @@ def test_gradcheck():
         student_head = nn.Linear(5, 11, bias=False, device="meta")
         del student_head.weight  # a plain tensor in its place, so that gradcheck can perturb it
         student_head.weight = weight
-        return chunked((hidden, student_head, teacher_hidden, teacher_head, labels), temperature=1.7, chunk_size=2).total
+        return chunked(
+            (hidden, student_head, teacher_hidden, teacher_head, labels), temperature=1.7, chunk_size=2
+        ).total
 
     assert torch.autograd.gradcheck(total, (hidden, head.weight))
 
