@@ -92,7 +92,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to the place that `state_dict` described. The batch size may be another one.
+        """Goes to the place that `state_dict` described. The size of a step and of an epoch may be another one.
 
         Raises:
             ValueError: the data, the seed or the shuffling changed, so that examples would be repeated or left out.
@@ -108,6 +108,9 @@ class Loader:
                 )
         self.epoch = state["epoch"]
         self._position = state["position"]
+        if self._position >= self._epoch_size:  # max_steps_per_epoch is lower than it was: that epoch is over
+            self.epoch += 1
+            self._position = 0
         self._order = self._order_of(self.epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:

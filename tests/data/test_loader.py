@@ -104,6 +104,24 @@ def test_the_batch_size_may_change_when_resuming() -> None:
     assert sorted(dealt) == list(range(11))
 
 
+def test_an_epoch_may_end_early() -> None:
+    loader = Loader(make_examples(), batch_size=2, max_steps_per_epoch=3)
+    assert loader.steps_per_epoch == 3
+    dealt = [seen(loader.next_step()) for _ in range(3)]
+    assert (loader.epoch, len({i for step in dealt for i in step})) == (1, 6)
+    assert Loader(make_examples(), batch_size=2, max_steps_per_epoch=99).steps_per_epoch == 6
+
+
+def test_resuming_behind_the_end_of_a_shortened_epoch_starts_the_next() -> None:
+    first = Loader(make_examples(), batch_size=2)
+    for _ in range(4):
+        first.next_step()
+    second = Loader(make_examples(), batch_size=2, max_steps_per_epoch=3)
+    second.load_state_dict(first.state_dict())
+    assert second.epoch == 1
+    assert len(seen(second.next_step())) == 2
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
