@@ -180,7 +180,7 @@ def test_config_header(path: Path) -> None:
     assert named
     for name in named:
         assert catalog.find_config(name, shipped.recipe).samefile(path)
-    assert re.search(r"memory|GiB|GB|cores|GPU", header[0], re.IGNORECASE), "the header says what it needs"
+    assert re.search(r"memory|GiB|GB|GPU|CPU", header[0], re.IGNORECASE), "the header says what it needs"
 
 
 # Documentation.
