@@ -88,6 +88,7 @@ class Config:
     loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
 
     output_dir: str = MISSING  # metrics, checkpoints and the finished student go here
+    save_dtype: devices.Dtype | None = None  # of the finished student's weights; null: dtype
     save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
     resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint
     overwrite_output_dir: bool = False  # delete the run in output_dir and start again
@@ -114,8 +115,9 @@ def main(cfg: Config) -> None:
     optimizer = optim.build_optimizer(student, cfg.optimizer)
     lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
 
-    def write_student(folder: Path) -> None:
-        checkpoint.save_model(student, folder, config=inputs.student_config, source=inputs.tokenizer_path)
+    def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
+        source = inputs.tokenizer_path
+        checkpoint.save_model(student, folder, config=inputs.student_config, source=source, dtype=dtype)
 
     run = checkpoint.Run(
         Path(cfg.output_dir),
@@ -197,7 +199,7 @@ def main(cfg: Config) -> None:
                 print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
                 raise SystemExit(interrupt.exit_code)
 
-    folder = run.finish()
+    folder = run.finish(lambda folder: write_student(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
     if inputs.val_batches:
         print(closing_table(logger.logged(0, "val_ce_loss"), logger.logged(run.step, "val_ce_loss")))
     logger.close()

@@ -178,16 +178,22 @@ def save_model(
     *,
     config: Mapping[str, Any],
     source: str | Path | None,
+    dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a folder that this module, transformers and everything compatible with it can open.
 
     Args:
-        model: its weights are written in the dtype they have.
+        model: what to write.
         folder: new or empty; made if need be.
         config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced.
-        source: folder whose tokenizer files and generation config are copied, as far as they exist. None: none.
+        source: folder whose tokenizer files and generation config are copied, as far as they exist, or a tokenizer's
+            file. None: none.
+        dtype: of the written weights. None: as they are in memory.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
+
+    Raises:
+        FloatingPointError: a weight is not a number. Nothing could be done with such a folder.
     """
     from safetensors.torch import save_file
 
@@ -197,29 +203,36 @@ def save_model(
     if source is not None:
         copy_companions(source, folder)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise FloatingPointError(
+            f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before is "
+            "untouched. Resume from there with a lower learning rate."
+        )
+    dtype = dtype or next(iter(weights.values())).dtype
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**config, dtype_key: dtype})
+    _write_json(folder / "config.json", {**config, dtype_key: str(dtype).removeprefix("torch.")})
 
     shards = _split(weights, max_shard_size)
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file_name, shard in zip(names, shards, strict=True):
-        tensors = {name: weights[name].cpu().contiguous() for name in shard}
+        tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in shard}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
         shutil.copymode(folder / "config.json", folder / file_name)  # safetensors 0.8 lets nobody but the owner read
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
-        total_size = sum(weight.nbytes for weight in weights.values())
+        total_size = sum(weight.numel() * dtype.itemsize for weight in weights.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def copy_companions(source: str | Path, folder: str | Path) -> None:
-    """Copy tokenizer files and generation config, as far as `source` has them."""
-    for name in COMPANIONS:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
+    """Copy tokenizer files and generation config, as far as the folder `source` has them, or the file `source`."""
+    source = Path(source)
+    files = [source] if source.is_file() else [source / name for name in COMPANIONS]
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def _weight_files(folder: Path) -> list[Path]:

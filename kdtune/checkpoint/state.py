@@ -118,9 +118,9 @@ class Run:
                 shutil.rmtree(old)
         return folder
 
-    def finish(self) -> Path:
+    def finish(self, write_model: Callable[[Path], None]) -> Path:
         """Write `model/`, the result of the run."""
-        return write_aside(self.output_dir / "model", self._write_model)
+        return write_aside(self.output_dir / "model", write_model)
 
     def record(self, config_yaml: str, recipe: Path) -> None:
         """Leave what reproduces the run: the resolved settings, the recipe's source, the versions."""
