@@ -127,8 +127,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far: the allocator's on an accelerator, the process's resident set on the CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, kilobytes on Linux
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss starts from the peak of the parent process
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kdtune.data import Batch
 from kdtune.models import Decoder
-
-
-class Inputs(Protocol):
-    """What the teacher reads of a batch: tokens, positions and documents, all [b, s]; documents may be None."""
-
-    tokens: Tensor
-    positions: Tensor
-    documents: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,5 +31,5 @@ class LiveTeacher:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, batch: Inputs) -> Targets:
+    def __call__(self, batch: Batch) -> Targets:
         return Targets(self.model.hidden(batch.tokens, batch.positions, batch.documents), self.model.head)

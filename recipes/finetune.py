@@ -135,7 +135,7 @@ def main(cfg: Config) -> None:
                     raise run.not_finite(step, loss_value)
                 values = {
                     "loss": loss_value,
-                    "lr": lr_scheduler.get_last_lr()[0],
+                    "lr": float(lr_scheduler.get_last_lr()[0]),
                     "grad_norm": grad_norm.item(),
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -164,8 +164,8 @@ def main(cfg: Config) -> None:
                 raise SystemExit(interrupt.exit_code)
 
     folder = run.finish(lambda folder: write_model(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
-    if inputs.val_batches:
-        before, after = (logger.logged(step, "val_loss") for step in (0, run.step))
+    before, after = (logger.logged(step, "val_loss") for step in (0, run.step))
+    if before and after:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
     print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))

@@ -164,7 +164,7 @@ def main(cfg: Config) -> None:
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
-                    "lr": lr_scheduler.get_last_lr()[0],
+                    "lr": float(lr_scheduler.get_last_lr()[0]),
                     "grad_norm": grad_norm.item(),
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -200,8 +200,9 @@ def main(cfg: Config) -> None:
                 raise SystemExit(interrupt.exit_code)
 
     folder = run.finish(lambda folder: write_student(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
-    if inputs.val_batches:
-        print(closing_table(logger.logged(0, "val_ce_loss"), logger.logged(run.step, "val_ce_loss")))
+    before, after = (logger.logged(step, "val_ce_loss") for step in (0, run.step))
+    if before and after:
+        print(closing_table(before, after))
     logger.close()
     sampled = {"teacher": teacher.model, "student": student}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))

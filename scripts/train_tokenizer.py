@@ -50,8 +50,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def read_columns(path: Path, columns: Sequence[str]) -> Iterator[str]:
     """The text of the columns, row by row."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for line in lines:
             row = json.loads(line)
             yield from (row[column] for column in columns)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "tokenizers": {"config"},
     "data": {"config", "tokenizers"},
-    "teacher": {"config", "models", "losses"},
+    "teacher": {"config", "data", "models", "losses"},
     "checkpoint": {"config", "models", "tokenizers"},
     "generation": {"config", "models", "tokenizers"},
     "cli": {"cli", "config"},

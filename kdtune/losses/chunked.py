@@ -9,6 +9,7 @@ states and of the head stay. Memory does not grow with the number of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +89,9 @@ def distillation_loss(
         raise ValueError(f"temperature must be positive, got {temperature}: both distributions are divided by it.")
     scale = temperature**2 if scale_by_temperature_squared else 1.0
     settings = _Settings(ce_weight, kd_weight, temperature, scale, chunk_size, with_metrics)
+    teacher: tuple[Tensor | None, ...] = (None, None, None)
     if teacher_hidden is not None and teacher_head is not None:
         teacher = (teacher_hidden.detach(), teacher_head.weight.detach(), teacher_head.bias)
-    else:
-        teacher = (None, None, None)
     total, ce, kd, teacher_ce, entropy, agreement = _ChunkedLoss.apply(
         hidden, head.weight, head.bias, *teacher, labels, num_tokens, settings
     )
@@ -112,13 +112,24 @@ class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients in the forward, where the logits are at hand; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, num_tokens, settings):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        labels: Tensor,
+        num_tokens: int | Tensor,
+        settings: _Settings,
+    ) -> tuple[Tensor, ...]:
         sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_grad = needs_hidden or needs_weight or needs_bias
         hidden_grad = torch.zeros_like(hidden).flatten(0, 1) if needs_hidden else None  # [b * s, d]
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None  # [v, d]
-        bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None  # [v]
+        bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs_bias else None  # [v]
 
         labels = labels.flatten()
         scored = (labels != IGNORE).nonzero().squeeze(1)  # [t]
@@ -129,7 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = hidden.flatten(0, 1)[rows]  # [n, d]
             logits = project(chunk)  # [n, v]
             teacher_logits = None
-            if teacher_project is not None:
+            if teacher_hidden is not None and teacher_project is not None:
                 teacher_logits = teacher_project(teacher_hidden.flatten(0, 1)[rows])  # [n, v_t]
             chunk_sums, logits_grad = _chunk_loss(logits, teacher_logits, labels[rows], settings, needs_grad)
             sums += chunk_sums
@@ -146,14 +157,14 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(
             None if hidden_grad is None else hidden_grad.view_as(hidden),
             None if weight_grad is None else weight_grad.to(weight.dtype),
-            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None if bias_grad is None else bias_grad.to(weight.dtype),
         )
         ctx.mark_non_differentiable(ce, kd, teacher_ce, entropy, agreement)
         ctx.set_materialize_grads(False)
         return settings.ce_weight * ce + settings.kd_weight * kd, ce, kd, teacher_ce, entropy, agreement
 
     @staticmethod
-    def backward(ctx, grad_total, *_):
+    def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return (None,) * 9
         hidden_grad, weight_grad, bias_grad = (
