@@ -120,7 +120,9 @@ def check_sinks(cfg: MetricLoggerConfig) -> None:
 
 def progress_bar(total: int, initial: int = 0) -> tqdm:
     """A bar over optimizer steps: done, left, time left; `set_postfix` adds the numbers of the step."""
-    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stdout)
+    # In a log file each refresh is a line: one in half a minute is enough there.
+    interval = 0.1 if sys.stdout.isatty() else 30.0
+    return tqdm(total=total, initial=initial, unit="step", mininterval=interval, dynamic_ncols=True, file=sys.stdout)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The optimizer and its schedule."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,14 @@ class LRSchedulerConfig:
 
     name: Literal["cosine", "linear", "constant"] = "cosine"  # shape of the decay
     num_warmup_steps: int = setting(100, ge=0)  # optimizer steps; 0 starts at the peak
-    min_lr_ratio: float = setting(
-        0.0, ge=0, le=1
-    )  # share of the peak that is left at the end; constant ignores no decay
+    min_lr_ratio: float = setting(0.0, ge=0, le=1)  # share of the peak that is left at the end; not with constant
+
+    def __post_init__(self) -> None:
+        if self.name == "constant" and self.min_lr_ratio != 0:
+            raise ValueError(
+                f"lr_scheduler.min_lr_ratio={self.min_lr_ratio} says where a decay ends, and lr_scheduler.name=constant "
+                "has none. Leave it out, or choose cosine or linear."
+            )
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
@@ -45,6 +51,12 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, cfg: LRSchedulerConfig, num_steps: int) -> LambdaLR:
     """The schedule over a run of `num_steps` optimizer steps."""
+    if num_steps <= cfg.num_warmup_steps:
+        warnings.warn(
+            f"lr_scheduler.num_warmup_steps={cfg.num_warmup_steps} in a run of {num_steps} steps: the learning rate never "
+            "reaches optimizer.lr.",
+            stacklevel=2,
+        )
     return LambdaLR(optimizer, lambda step: lr_factor(step, cfg, num_steps))
 
 

@@ -142,7 +142,7 @@ def main(cfg: Config) -> None:
                     "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
                 }
                 logger.log(step, values)
-                bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values))
+                bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
 
             optimizer.step()
             lr_scheduler.step()
@@ -169,7 +169,7 @@ def main(cfg: Config) -> None:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
     print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The model is in {folder}. Hear it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
+    print(f"The model is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
     print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
 
 

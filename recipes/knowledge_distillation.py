@@ -171,11 +171,8 @@ def main(cfg: Config) -> None:
                     "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
                 }
                 logger.log(step, values)
-                bar.set_postfix_str(
-                    "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s".format(
-                        **values
-                    )
-                )
+                shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
+                bar.set_postfix_str(shown.format(**values), refresh=False)
 
             optimizer.step()
             lr_scheduler.step()
@@ -206,7 +203,7 @@ def main(cfg: Config) -> None:
     logger.close()
     sampled = {"teacher": teacher.model, "student": student}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The student is in {folder}. Hear it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
+    print(f"The student is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
     print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
 
 
