@@ -352,6 +352,8 @@ def _refusal(value: Any, field: _Field) -> str | None:
             return f"is {field.wanted()} and has no setting {next(iter(value), '{}')} inside"
         if any(isinstance(item, (Mapping, list)) for item in value.values()):
             return wanted
+    if isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        return wanted
     if field.type is bool and type(value) is int and value not in (0, 1):
         return wanted
     if field.is_text and isinstance(value, bool):
@@ -370,6 +372,8 @@ def _advice(key: str, value: Any, field: _Field) -> str:
         return "Write null for no value." if field.optional else ""
     if typing.get_origin(field.type) is list and isinstance(value, (str, int, float)):
         return f"Write {key}=[{value}] for a list of one."
+    if field.type == list[str] and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return "Put quotes around each text that has a colon in it."
     return ""
 
 

@@ -47,7 +47,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         message = f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors."
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            message += f" If this is a name on the Hugging Face hub, fetch it first: kdtune download {folder}"
+            message += (
+                " If this is a name on the Hugging Face hub, fetch it first: "
+                f"kdtune download {folder} --output-dir <folder>"
+            )
         raise FileNotFoundError(message)
     path = folder / "config.json"
     if not path.is_file():
