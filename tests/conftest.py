@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 
 SIZE = {
@@ -112,3 +113,20 @@ def hf_folder(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `teacher` (random), `student` (random, smaller) and `rows.jsonl`: see `tiny_runs`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_runs.write_model(folder / "teacher", seed=0, initializer_range=0.1)
+    tiny_runs.write_model(folder / "student", seed=1, num_hidden_layers=1)
+    tiny_runs.write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that knows the rows of `tiny`: a checkpoint folder."""
+    settings = [f"checkpointer.checkpoint_dir={tiny / 'teacher'}", "epochs=8", "optimizer.lr=0.02"]
+    return tiny_runs.finetune(tiny, tmp_path_factory.mktemp("trained") / "run", *settings) / "model"
