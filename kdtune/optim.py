@@ -34,8 +34,8 @@ class LRSchedulerConfig:
     def __post_init__(self) -> None:
         if self.name == "constant" and self.min_lr_ratio != 0:
             raise ValueError(
-                f"lr_scheduler.min_lr_ratio={self.min_lr_ratio} says where a decay ends, and lr_scheduler.name=constant "
-                "has none. Leave it out, or choose cosine or linear."
+                f"lr_scheduler.min_lr_ratio={self.min_lr_ratio} says where a decay ends, and "
+                "lr_scheduler.name=constant has none. Leave it out, or choose cosine or linear."
             )
 
 
@@ -53,8 +53,8 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, cfg: LRSchedulerConfig,
     """The schedule over a run of `num_steps` optimizer steps."""
     if num_steps <= cfg.num_warmup_steps:
         warnings.warn(
-            f"lr_scheduler.num_warmup_steps={cfg.num_warmup_steps} in a run of {num_steps} steps: the learning rate never "
-            "reaches optimizer.lr.",
+            f"lr_scheduler.num_warmup_steps={cfg.num_warmup_steps} in a run of {num_steps} steps: the learning rate "
+            "never reaches optimizer.lr.",
             stacklevel=2,
         )
     return LambdaLR(optimizer, lambda step: lr_factor(step, cfg, num_steps))

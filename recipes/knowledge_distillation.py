@@ -91,7 +91,7 @@ class Config:
     save_dtype: devices.Dtype | None = None  # of the finished student's weights; null: dtype
     save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
     resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint
-    overwrite_output_dir: bool = False  # delete the run in output_dir and start again
+    overwrite_output_dir: bool = False  # if not resuming, delete the run that output_dir holds
     run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
     log_every_n_steps: int = setting(1, gt=0)  # optimizer steps between lines in metrics.jsonl
     metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig)  # other places for metrics
@@ -233,7 +233,10 @@ def check(cfg: Config) -> Inputs:
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     resume_from = checkpoint.prepare_output_dir(
-        output_dir, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite_output_dir
+        output_dir,
+        resume=cfg.resume_from_checkpoint,
+        overwrite=cfg.overwrite_output_dir,
+        sources=(cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir),
     )
 
     student_config = checkpoint.check_start(cfg.checkpointer)

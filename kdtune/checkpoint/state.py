@@ -15,7 +15,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,24 +33,27 @@ class Stateful(Protocol):
 
 
 STATE_FILE = "training_state.pt"
+_WRITTEN = ("checkpoints", "model", "tensorboard", "metrics.jsonl")
 _FOLDER = re.compile(r"step_(\d+)")
 
 
-def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Decide what happens to an `output_dir` that already holds a run.
+def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sources: Sequence[str]) -> Path | None:
+    """Decide what happens to an `output_dir` that already holds a run; nothing is touched yet.
+
+    Args:
+        output_dir: folder of the run; need not exist.
+        resume: continue from its newest checkpoint, or start if there is none yet.
+        overwrite: without `resume`, an earlier run there may be deleted.
+        sources: checkpoint folders that this run reads.
 
     Returns:
         The newest complete checkpoint if the run is to be resumed and has one, else None.
 
     Raises:
-        ValueError: both at once.
+        ValueError: a source is part of the run that would be deleted.
         FileExistsError: the folder holds a run and neither `resume` nor `overwrite` was asked for, or `resume` was
             and there is only a finished model.
     """
-    if resume and overwrite:
-        raise ValueError(
-            "resume_from_checkpoint and overwrite_output_dir exclude each other: continue, or start again?"
-        )
     if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
         return newest
     if resume:
@@ -58,7 +61,13 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Pa
             f"output_dir {output_dir} holds a finished model and no checkpoint to resume from. To train that model "
             f"further, start a new run with checkpointer.checkpoint_dir={output_dir / 'model'} and another output_dir."
         )
-    held = [name for name in ("checkpoints", "model", "metrics.jsonl") if (output_dir / name).exists()]
+    for source in sources:
+        if any(output_dir.resolve() / name in (p := Path(source).resolve(), *p.parents) for name in _WRITTEN):
+            raise ValueError(
+                f"{source} is part of the run in output_dir {output_dir}, and this run would replace it while it starts "
+                "from it. Choose another output_dir."
+            )
+    held = [name for name in _WRITTEN if (output_dir / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
             f"output_dir {output_dir} already holds a run ({', '.join(held)}). Continue it with "
@@ -175,9 +184,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _clear(output_dir: Path) -> None:
     """Delete what an earlier run wrote there, and nothing else."""
-    for name in ("checkpoints", "model", "tensorboard"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    for path in (output_dir / name for name in _WRITTEN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
