@@ -137,8 +137,7 @@ def main(cfg: Config) -> None:
     throughput = metrics.Throughput()
     with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
         for step in range(run.step + 1, inputs.num_steps + 1):
-            # The whole step is fetched first: its label count normalises every micro-batch, so that a step means the
-            # same for any split into micro-batches.
+            # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
             num_tokens = data.count_labels(micro_batches)
             sums = torch.zeros(3, device=inputs.device)

@@ -64,8 +64,8 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sourc
     for source in sources:
         if any(output_dir.resolve() / name in (p := Path(source).resolve(), *p.parents) for name in _WRITTEN):
             raise ValueError(
-                f"{source} is part of the run in output_dir {output_dir}, and this run would replace it while it starts "
-                "from it. Choose another output_dir."
+                f"{source} is part of the run in output_dir {output_dir}, and this run would replace it while it "
+                "starts from it. Choose another output_dir."
             )
     held = [name for name in _WRITTEN if (output_dir / name).exists()]
     if held and not overwrite:
