@@ -53,7 +53,11 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sourc
         ValueError: a source is part of the run that would be deleted.
         FileExistsError: the folder holds a run and neither `resume` nor `overwrite` was asked for, or `resume` was
             and there is only a finished model.
+        NotADirectoryError: a file is in the way.
     """
+    for path in (output_dir, *output_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"output_dir {output_dir} cannot be made: {path} is a file. Choose another one.")
     if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
         return newest
     if resume:
@@ -113,8 +117,7 @@ class Run:
             self.step = state["step"]
 
     def save(self) -> Path:
-        """Write `checkpoints/step_N` of the present step, then delete the older ones."""
-        older = _checkpoints(self.output_dir)
+        """Write `checkpoints/step_N` of the present step, then delete the older ones and what a crash left there."""
 
         def write(folder: Path) -> None:
             self._write_model(folder)
@@ -122,9 +125,9 @@ class Run:
             torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
 
         folder = write_aside(self.output_dir / "checkpoints" / f"step_{self.step:08d}", write)
-        for old in older:
-            if old != folder:
-                shutil.rmtree(old)
+        for other in sorted(folder.parent.iterdir()):
+            if other != folder and _FOLDER.fullmatch(other.name.lstrip(".").partition(".")[0]):
+                _delete(other)
         return folder
 
     def finish(self, write_model: Callable[[Path], None]) -> Path:
@@ -135,7 +138,8 @@ class Run:
         """Leave what reproduces the run: the resolved settings, the recipe's source, the versions."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "config.yaml").write_text(config_yaml)
-        shutil.copyfile(recipe, self.output_dir / "recipe.py")
+        # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
+        (self.output_dir / "recipe.py").write_bytes(recipe.read_bytes())
         versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
         (self.output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
@@ -176,9 +180,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # Without torch's own words, which advise to let the file run code.
         raise ValueError(
-            f"{folder / STATE_FILE} cannot be read ({error}). Delete {folder} to resume from an older checkpoint if "
-            "there is one, or start again with overwrite_output_dir=true."
+            f"{folder / STATE_FILE} cannot be read ({type(error).__name__}). Delete {folder} to resume from "
+            "an older checkpoint if there is one, or start again with overwrite_output_dir=true."
         ) from error
 
 
@@ -193,7 +198,13 @@ def _clear(output_dir: Path) -> None:
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     folders = [p for p in (output_dir / "checkpoints").glob("step_*") if _FOLDER.fullmatch(p.name)]
-    return sorted((p for p in folders if (p / STATE_FILE).is_file()), key=lambda p: p.name)
+    return sorted((p for p in folders if (p / STATE_FILE).is_file()), key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def _delete(folder: Path) -> None:
+    """Under a hidden name, so that a crash leaves no half of a checkpoint that looks like a whole one."""
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}")
+    shutil.rmtree(folder.rename(hidden))
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that never stopped, bit for bit, wherever and however it was stopped."""
+"""A run that was stopped and resumed is the run that never stopped, bit for bit, wherever and however it stopped."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(devices.DTYPES, "fp32", torch.float64)
 
 
-# With such an eps AdamW's first update is lr * g / (|g| + eps): nearly the gradient, without a sign that rounding turns.
+# With such an eps AdamW's first update is lr * g / (|g| + eps): nearly the gradient, with no sign for rounding to turn.
 ONE_SMOOTH_STEP = [
     "max_steps=1",
     "optimizer.lr=1",
