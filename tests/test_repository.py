@@ -3,6 +3,7 @@ each config loads and each command in the documentation works."""
 
 import ast
 import dataclasses
+import doctest
 import functools
 import os
 import re
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kdtune"
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *PACKAGE.rglob("*.md")])
 
 # What a part of the library may import of it, beside itself; a part that is not listed may import any but the launcher.
 MAY_IMPORT = {
@@ -147,7 +148,7 @@ def test_recipe_says_what_it_is(path: Path) -> None:
 # Configs.
 
 
-def fill(schema: Any, path: Path) -> list[str]:
+def fill(schema: Any, path: Path | None) -> list[str]:
     """Overrides that give a value to the settings that a config leaves to its user, and to no other."""
     placeholder = {"str": "x", "int": "1", "float": "1"}
     kinds = {
@@ -185,42 +186,153 @@ def test_config_header(path: Path) -> None:
 
 # Documentation.
 
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The kdtune commands in a page's code blocks, without those that hold a placeholder."""
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.M):
-        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-            text = line.strip().removeprefix("$ ")
-            if text.startswith("kdtune ") and not re.search(r"<[\w .|/]+>|\.\.\.", text):
-                yield shlex.split(text, comments=True)[1:]
+WORDS = r"[a-z_]+(?:\.[a-z_0-9]+)*"  # a setting's key
+PLACEHOLDER = re.compile(r"<[^<>]*>|\.\.\.|\[key=value")
 
 
-DOCUMENTED = [
-    pytest.param(argv, id=f"{page.name}: {shlex.join(argv)}") for page in PAGES for argv in commands(page) if argv
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The contents of a page's code blocks in any of the languages."""
+    kinds = "|".join(languages)
+    return re.findall(rf"^```(?:{kinds})\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_code(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def commands(block: str) -> list[list[str]]:
+    """The commands of a block, as their words."""
+    lines = re.split(r"\n|&&", block.replace("\\\n", " "))
+    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+BLOCKS = [
+    pytest.param(commands(block), id=f"{relative(page)}: {block.splitlines()[0]}")
+    for page in PAGES
+    for block in blocks(page, "bash", "sh", "console")
 ]
 
 
-@pytest.mark.parametrize("argv", DOCUMENTED)
-def test_documented_command(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, options and settings are right; running the recipes themselves is for their own tests."""
-    command, *rest = argv
+@pytest.mark.parametrize("session", BLOCKS)
+def test_documented_commands(session: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, options and settings are right; running the recipes themselves is for their own tests.
+
+    The commands of a block follow each other in one folder, so that a copied recipe is there when it is run.
+    """
     monkeypatch.chdir(tmp_path)
-    if command in ("run", "validate"):
-        words = [word for word in rest if word != "--dry-run"]
-        if any(word.endswith((".py", ".yaml")) for word in words):
-            pytest.skip("a file of the reader's own")
-        if "--help" not in words:
-            name = catalog.find_recipe(words[0])
-            given = next((words[i + 1] for i, word in enumerate(words) if word == "--config"), None)
-            if given:
-                shipped = catalog.find_config(given, name.stem)
-                words += [
-                    pair
-                    for pair in fill(load_module(name).Config, shipped)
-                    if pair.partition("=")[0] not in {word.partition("=")[0] for word in words}
-                ]
-        main(["validate", *words])
-    elif command == "download":
-        pytest.skip("needs the network")
-    else:
-        main(argv)
+    monkeypatch.setattr("kdtune.cli.download._fetch", fetch_nothing)
+    for program, *words in session:
+        if any(PLACEHOLDER.search(word) for word in words):
+            continue
+        if program == "kdtune":
+            try_command(words)
+        elif program == "python":
+            assert (ROOT / words[0]).is_file()
+        else:
+            assert program in {"pip", "pytest", "ruff", "mypy", ".ci/run"}, "a program that readers have"
+
+
+def fetch_nothing(repo: str, folder: Path, *_: Any) -> None:
+    """Leave what a download would, as far as the command looks at it."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+
+
+def try_command(words: list[str]) -> None:
+    """What the command does, but for a run, which is validated."""
+    command, *rest = words
+    main(["validate", *(word for word in rest if word != "--dry-run")] if command == "run" else words)
+
+
+def schemas() -> list[Any]:
+    return [load_module(path).Config for path in RECIPES]
+
+
+def takes(schema: Any, key: str, text: str) -> bool:
+    """Whether a recipe has the setting and accepts the value."""
+    if key not in {setting.key for setting in config.describe(schema)}:
+        return False
+    others = [pair for pair in fill(schema, None) if pair.partition("=")[0] != key]
+    if not PLACEHOLDER.search(text):
+        config.load(schema, None, [*others, f"{key}={text}"])
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_documented_settings(page: Path) -> None:
+    """Every `key=value` and every `section.key` in the text is a setting of some recipe."""
+    every = schemas()
+    known = {setting.key: setting.is_section for schema in every for setting in config.describe(schema)}
+    for code in inline_code(page):
+        if code.startswith("key="):  # settings in general
+            continue
+        if pair := re.fullmatch(rf"({WORDS})=(.*)", code):
+            assert any([takes(schema, *pair.groups()) for schema in every]), code
+        elif re.fullmatch(WORDS, code) and known.get(code.partition(".")[0]):
+            is_file = code.rpartition(".")[2] in {"json", "model", "py", "jsonl"}
+            assert is_file or code in known or "_component_" in code or code in FOREIGN, code
+
+
+# Keys of torchtune, on the page for those who come from there.
+FOREIGN = {"dataset.packed", "checkpointer.recipe_checkpoint"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_documented_yaml(page: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        (schema,) = [
+            schema for schema in schemas() if "kd_ratio" in {setting.key for setting in config.describe(schema)}
+        ]
+        config.load(schema, path, fill(schema, path))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", prose(linked), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_named_files_exist(page: Path) -> None:
+    for code in inline_code(page):
+        if path := re.match(r"(?:kdtune|recipes|tests|scripts|docs)/[\w./]+", code):
+            assert (ROOT / path[0]).exists() or "<" in code, code
+        if (named := re.fullmatch(r"(kdtune/[\w./]+\.py): ([\w.]+)", code)) is not None:
+            assert re.search(rf"(def|class) {named[2].rpartition('.')[2]}\b", (ROOT / named[1]).read_text()), code
+
+
+def test_pages_are_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text())}
+    assert not set(ROOT.glob("docs/**/*.md")) - {index} - linked
+
+
+def test_readme_is_short_and_has_every_recipe() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for path in RECIPES:
+        assert f"[`{path.stem}`](docs/{path.stem}.md)" in text
+        assert f"]({path.name})" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=relative)
+def test_documented_sessions(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page are one session, and print what they say."""
+    monkeypatch.chdir(tmp_path)
+    session = doctest.DocTestParser().get_doctest("\n".join(blocks(page, "python")), {}, relative(page), None, 0)
+    report: list[str] = []
+    assert not doctest.DocTestRunner().run(session, out=report.append).failed, "".join(report)
