@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -65,6 +66,7 @@ class MetricLogger:
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -129,11 +131,12 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far: the allocator's on an accelerator, the process's resident set on the CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / 2**30
+    # On Linux ru_maxrss starts from the peak of the parent process; some sandboxes know nothing better.
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss starts from the peak of the parent process
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, kilobytes on Linux
 
 
 def _lines(path: Path) -> list[str]:

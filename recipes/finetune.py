@@ -157,10 +157,10 @@ def main(cfg: Config) -> None:
             if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
                 folder = run.save()
                 throughput.restart()
-            if interrupt.received and not last:
-                bar.close()
-                print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
-                raise SystemExit(interrupt.exit_code)
+                if interrupt.received and not last:
+                    bar.close()
+                    print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
+                    raise SystemExit(interrupt.exit_code)
 
     folder = run.finish(lambda folder: write_model(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
     before, after = (logger.logged(step, "val_loss") for step in (0, run.step))
@@ -204,7 +204,7 @@ def check(cfg: Config) -> Inputs:
         sources=[cfg.checkpointer.checkpoint_dir],
     )
 
-    model_config = checkpoint.check_start(cfg.checkpointer)
+    model_config = checkpoint.check_start(cfg.checkpointer, resume_from)
     model = models.from_hf_config(model_config)
 
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
@@ -256,9 +256,9 @@ def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_
 @torch.no_grad()
 def evaluate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, float]:
     """Mean over the labelled tokens of the validation rows, in nats."""
-    loss_sum = torch.zeros((), device=inputs.device)
+    loss_sum, num_tokens = torch.zeros((), device=inputs.device), data.count_labels(inputs.val_batches)
     for batch in inputs.val_batches:
         batch = batch.to(inputs.device)
         hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-        loss_sum += objective(cfg, hidden, model.head, batch.labels, data.count_labels(inputs.val_batches)).ce
+        loss_sum += objective(cfg, hidden, model.head, batch.labels, num_tokens).ce
     return {"val_loss": loss_sum.item()}

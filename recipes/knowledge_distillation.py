@@ -190,10 +190,10 @@ def main(cfg: Config) -> None:
             if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
                 folder = run.save()
                 throughput.restart()
-            if interrupt.received and not last:
-                bar.close()
-                print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
-                raise SystemExit(interrupt.exit_code)
+                if interrupt.received and not last:
+                    bar.close()
+                    print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
+                    raise SystemExit(interrupt.exit_code)
 
     folder = run.finish(lambda folder: write_student(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
     before, after = (logger.logged(step, "val_ce_loss") for step in (0, run.step))
@@ -238,7 +238,7 @@ def check(cfg: Config) -> Inputs:
         sources=(cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir),
     )
 
-    student_config = checkpoint.check_start(cfg.checkpointer)
+    student_config = checkpoint.check_start(cfg.checkpointer, resume_from)
     teacher_config = checkpoint.read_config(cfg.teacher_checkpointer.checkpoint_dir)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)

@@ -26,16 +26,31 @@ class StartCheckpointerConfig(CheckpointerConfig):
     keep_layers: list[int] | None = None  # start from these layers of it, in increasing order; null: all
 
 
-def check_start(cfg: StartCheckpointerConfig) -> dict[str, Any]:
+def check_start(cfg: StartCheckpointerConfig, resume_from: Path | None) -> dict[str, Any]:
     """The `config.json` of the model that will be trained, once everything it starts from is known to be there.
 
+    Args:
+        cfg: where the first step starts.
+        resume_from: a checkpoint of the run, from which it goes on instead.
+
     Raises:
-        FileNotFoundError, ValueError: as `read_config`, `select_layers` and `check_files`.
+        FileNotFoundError, ValueError: as `read_config`, `select_layers` and `check_files`; or the checkpoint is of
+            another architecture than `cfg`.
     """
-    config = read_config(cfg.checkpoint_dir)
-    if not cfg.random_weights:
-        check_files(cfg.checkpoint_dir, from_hf_config(config))
-    return select_layers(config, cfg.keep_layers)
+    whole = read_config(cfg.checkpoint_dir)
+    config = select_layers(whole, cfg.keep_layers)
+    if resume_from is None and not cfg.random_weights:
+        check_files(cfg.checkpoint_dir, from_hf_config(whole))
+    if resume_from is not None:
+        saved = from_hf_config(read_config(resume_from))
+        check_files(resume_from, saved)
+        if saved != from_hf_config(config):
+            raise ValueError(
+                f"{resume_from} holds a model of another architecture than checkpointer.checkpoint_dir="
+                f"{cfg.checkpoint_dir} with checkpointer.keep_layers={cfg.keep_layers}. A run goes on with the model "
+                "that it began with: restore these settings, or begin another run in another output_dir."
+            )
+    return config
 
 
 def load_start(
