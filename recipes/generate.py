@@ -70,7 +70,8 @@ def main(cfg: Config) -> None:
     print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started):.0f} tokens/s")
 
     if cfg.output_file is not None:
-        Path(cfg.output_file).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
+        Path(cfg.output_file).write_text("".join(lines), encoding="utf-8")
 
 
 @dataclass
@@ -107,9 +108,9 @@ def check(cfg: Config) -> Inputs:
         raise ValueError("system_prompt is a turn of a chat: give chat=true with it, or put the text into the prompt.")
     if (cfg.prompt is None) == (cfg.prompts_file is None):
         raise ValueError("Give prompt=... (one text) or prompts_file=... (one prompt per line), and not both.")
-    prompts = [cfg.prompt] if cfg.prompt is not None else Path(cfg.prompts_file or "").read_text().splitlines()
-    if not prompts:
-        raise ValueError(f"prompts_file={cfg.prompts_file} is empty: there is nothing to continue.")
+    if cfg.output_file is not None and not Path(cfg.output_file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output_file={cfg.output_file} is in a folder that does not exist. Make it first.")
+    prompts = [cfg.prompt] if cfg.prompt is not None else read_prompts(cfg.prompts_file or "")
 
     folder = cfg.checkpointer.checkpoint_dir
     model = models.from_hf_config(checkpoint.read_config(folder))
@@ -118,11 +119,23 @@ def check(cfg: Config) -> Inputs:
     preflight.check_vocabulary(tokenizer, model, "model")
 
     rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]
+    if any(not row.tokens for row in rows):
+        raise ValueError("A prompt has no tokens (the tokenizer puts none before it): there is nothing to continue.")
     longest = max(len(row.tokens) for row in rows) + cfg.max_new_tokens
     preflight.check_sequence_length(longest, "the longest prompt plus max_new_tokens", model, "model")
     print(preflight.describe(folder, model))
     print(f"{len(rows)} continuations, {cfg.dtype} on {devices.describe(run_device)}\n")
     return Inputs(run_device, devices.DTYPES[cfg.dtype], tokenizer, rows)
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt per line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"prompts_file={path}: no such file (from {Path.cwd()}).")
+    prompts = Path(path).read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise ValueError(f"prompts_file={path} is empty: there is nothing to continue.")
+    return prompts
 
 
 def encode(cfg: Config, tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

@@ -1,0 +1,199 @@
+"""What only `knowledge_distillation` does: a teacher that is proved, a blend of two losses, pairs that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import distil
+
+from kdtune import checkpoint, data, tokenizers
+
+SHORT = ["epochs=1", "lr_scheduler.num_warmup_steps=1"]
+
+
+def taught_by(teacher: Path) -> str:
+    return f"teacher_checkpointer.checkpoint_dir={teacher}"
+
+
+def test_the_loss_is_the_blend(tiny: Path, tmp_path: Path) -> None:
+    for ratio in (0.0, 0.3, 1.0):
+        for line in tiny_runs.steps(distil(tiny, tmp_path / str(ratio), *SHORT, f"kd_ratio={ratio}")):
+            blend = (1 - ratio) * line["ce_loss"] + ratio * line["kd_loss"]
+            assert line["loss"] == pytest.approx(blend, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_divergence_is_what_its_definition_says(
+    temperature: float, scaled: bool, tiny: Path, tmp_path: Path
+) -> None:
+    """Against dense logits of both folders, computed apart from the recipe."""
+    settings = [f"kd_loss.temperature={temperature}", f"kd_loss.scale_by_temperature_squared={str(scaled).lower()}"]
+    run = distil(tiny, tmp_path / "run", *settings, "max_steps=1", "lr_scheduler.num_warmup_steps=0", "batch_size=10")
+    (line,) = tiny_runs.steps(run)
+
+    student, teacher = (
+        checkpoint.load_model(tiny / name, dtype=torch.float64, device="cpu") for name in ("student", "teacher")
+    )
+    cfg = data.DatasetConfig(source=str(tiny / "rows.jsonl"), format="completion")
+    examples = data.load(cfg, tokenizers.load(tiny / "student"), 64)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(examples)):
+            tokens, labels = examples[i]
+            log_q = (student(tokens[None])[0] / temperature).log_softmax(-1)
+            log_p = (teacher(tokens[None])[0] / temperature).log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[labels != data.IGNORE]
+            total, count = total + divergence.sum().item(), count + len(divergence)
+    expected = total / count * (temperature**2 if scaled else 1)
+    assert line["num_tokens"] == count
+    assert line["kd_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_untrained_teacher_is_called_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distil(tiny, tmp_path / "run", *SHORT)
+    out = capsys.readouterr().out.splitlines()
+    (warning,) = (line for line in out if line.startswith("WARNING: "))
+    assert "worse than a uniform guess" in warning
+    assert str(tiny / "teacher") in warning
+    (shown,) = (line for line in out if line.startswith("teacher check"))
+    assert f"a uniform guess: {math.log(2048):.3f}" in shown
+    assert "KL(teacher, student)" in shown
+
+
+def test_a_trained_teacher_is_not(
+    tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distil(tiny, tmp_path / "run", taught_by(trained), *SHORT)
+    out = capsys.readouterr().out
+    assert "WARNING" not in out
+    assert "teacher check" in out
+
+
+def test_closing_table(tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = distil(tiny, tmp_path / "run", taught_by(trained), *SHORT, *tiny_runs.validated_on(tiny))
+    before, after = (line for line in tiny_runs.lines(run) if "val_ce_loss" in line)
+    out = capsys.readouterr().out.splitlines()
+    (head,) = (index for index, line in enumerate(out) if line.split()[:2] == ["validation", "ce"])
+    rows = [(" ".join(line.split()[:-3]), line.split()[-3:]) for line in out[head + 1 : head + 4]]
+    assert rows == [
+        (
+            name,
+            [f"{line['val_ce_loss']:.3f}", f"{line['val_kd_loss']:.3f}", f"{line['val_agreement']:.1%}"],
+        )
+        for name, line in (
+            ("student before", before),
+            ("student after", after),
+            ("teacher", {"val_ce_loss": after["val_teacher_ce_loss"], "val_kd_loss": 0.0, "val_agreement": 1.0}),
+        )
+    ]
+    assert after["val_teacher_ce_loss"] == before["val_teacher_ce_loss"] < 4
+
+
+def test_a_student_that_is_its_teacher_agrees_with_it(tiny: Path, trained: Path, tmp_path: Path) -> None:
+    same = [taught_by(trained), f"checkpointer.checkpoint_dir={trained}"]
+    run = distil(tiny, tmp_path / "run", *same, *SHORT, *tiny_runs.validated_on(tiny))
+    before = tiny_runs.lines(run)[0]
+    assert before["val_agreement"] == 1
+    assert before["val_kd_loss"] == pytest.approx(0, abs=1e-6)
+    assert before["val_ce_loss"] == before["val_teacher_ce_loss"]
+
+
+def test_the_teacher_is_not_trained(tiny: Path, trained: Path, tmp_path: Path) -> None:
+    before = tiny_runs.weights(trained)
+    run = distil(tiny, tmp_path / "run", taught_by(trained), *tiny_runs.validated_on(tiny), "run_val_every_n_steps=3")
+    values = {line["val_teacher_ce_loss"] for line in tiny_runs.lines(run) if "val_teacher_ce_loss" in line}
+    assert len(values) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_runs.weights(trained).items())
+
+
+# Pairs.
+
+
+@pytest.fixture
+def pair(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`pair(vocab_size=2050)`: a teacher like the student, with a config and a tokenizer of its own."""
+
+    def make(vocab_size: int = 2048, swapped: tuple[str, str] | None = None, added: str | None = None) -> Path:
+        folder = tiny_runs.write_model(tmp_path / "other", seed=2, vocab_size=vocab_size)
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        vocab = tokenizer["model"]["vocab"]
+        if swapped:
+            one, other = swapped
+            vocab[one], vocab[other] = vocab[other], vocab[one]
+        if added:
+            vocab[added] = len(vocab)
+        path.write_text(json.dumps(tokenizer))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("teacher_is_larger", [True, False])
+def test_vocabularies_may_differ_by_padding(
+    teacher_is_larger: bool, tiny: Path, tmp_path: Path, pair: Callable[..., Path]
+) -> None:
+    padded = pair(vocab_size=2112)
+    settings = [taught_by(padded)]
+    if not teacher_is_larger:
+        settings = [taught_by(tiny / "teacher"), f"checkpointer.checkpoint_dir={padded}"]
+    run = distil(tiny, tmp_path / "run", *settings, *SHORT, *tiny_runs.validated_on(tiny))
+    assert all(line["kd_loss"] > 0 for line in tiny_runs.steps(run))
+
+
+@pytest.mark.parametrize(
+    ("differs", "message"),
+    [
+        ({"swapped": ("a", "b")}, "do not share a tokenizer: id "),
+        ({"vocab_size": 2000}, "2048 ids, the teacher's embedding 2000 rows"),
+        ({"vocab_size": 2049, "added": "zzz", "swapped": ("c", "d")}, "Student (vocabulary 2048) and teacher (2049)"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused(
+    differs: dict[str, object],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    pair: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher = pair(**differs)
+    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    with pytest.raises(SystemExit) as end:
+        distil(tiny, tmp_path / "run", taught_by(teacher))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_teacher_with_a_missing_shard_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny / "teacher", folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", taught_by(folder))
+    assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_a_short_teacher_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_runs.write_model(tmp_path / "short", seed=0, max_position_embeddings=63)
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", taught_by(folder))
+    assert "max_seq_len is 64, and the teacher was built for 63" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["kd_ratio=1.5", "kd_ratio=-0.1", "kd_loss.temperature=0"])
+def test_settings_out_of_range(setting: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", setting)
+    assert setting.partition("=")[0] in capsys.readouterr().err
