@@ -70,20 +70,26 @@ def format_bytes(count: float) -> str:
 
 
 def _activations_per_token(cfg: ModelConfig, size: int, checkpointing: bool) -> int:
-    attention, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    # Residual stream in, norm's float32 copy and output, q and k before and after the rotation, v, attention's output
-    # and its log-sum-exp, residual, norm's float32 copy and output, gate, its activation, up, their product.
-    layer = size * (4 * cfg.hidden_size + 3 * attention + 3 * kv + 4 * cfg.intermediate_size)
-    layer += 4 * (2 * cfg.hidden_size + cfg.num_heads)
-    last = (size + 4) * cfg.hidden_size
+    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    norm = 4 + 2 * size  # an entry's input in float32, its output before and after the weight
+    layer = 2 * cfg.hidden_size * norm
+    layer += size * (2 * queries + 2 * keys) + 4 * cfg.num_heads  # q, k, v, attention's output and its log-sum-exp
+    layer += size * 4 * cfg.intermediate_size  # gate, its activation, up, their product
+    if cfg.qk_norm:
+        layer += (4 + size) * (queries + keys)  # the rotation keeps nothing, so there is no output after the weight
+    last = (4 + size) * cfg.hidden_size
     if checkpointing:  # each layer keeps its input; one layer at a time is computed again
         return cfg.num_layers * size * cfg.hidden_size + layer + last
     return cfg.num_layers * layer + last
 
 
 def _loss_bytes(student: ModelConfig, teacher: ModelConfig | None, size: int, chunk: int) -> int:
-    heads = [student] if teacher is None else [student, teacher]
-    # In float32 whatever the models are in: five blocks of the student's chunk, three of the teacher's.
-    blocks = sum(4 * n * chunk * cfg.vocab_size for n, cfg in zip((3, 3), heads, strict=False))
-    casts = 0 if size == 4 else sum(4 * cfg.vocab_size * cfg.hidden_size for cfg in heads)
-    return blocks + casts + (4 + size) * student.vocab_size * student.hidden_size
+    # In float32 whatever the models are in. Of a chunk: logits, log-probabilities and gradient of the student; with a
+    # teacher one more of the student, and logits, log-probabilities and probabilities of the teacher.
+    blocks = 3 * student.vocab_size if teacher is None else 4 * student.vocab_size + 3 * teacher.vocab_size
+    total = 4 * chunk * blocks
+    head = student.vocab_size * student.hidden_size
+    if size == 4:
+        return total + 4 * head  # the gradient of the student's head
+    casts = head + (0 if teacher is None else teacher.vocab_size * teacher.hidden_size)
+    return total + 4 * casts + (4 + size) * head  # summed in float32, then rounded
