@@ -1,13 +1,13 @@
-"""The optimizer and its schedule."""
+"""The optimizer and the schedule of its learning rate."""
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from kdtune.config import setting
 
@@ -40,32 +40,52 @@ class LRSchedulerConfig:
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in the fused form (one kernel for all parameters)."""
+    """AdamW over the trainable parameters, in the fused form (one kernel for all parameters).
+
+    Its `load_state_dict` takes the moments of a checkpoint and keeps the settings of `cfg`.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    return optimizer
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, cfg: LRSchedulerConfig, num_steps: int) -> LambdaLR:
-    """The schedule over a run of `num_steps` optimizer steps."""
+def lr_schedule(peak: float, cfg: LRSchedulerConfig, num_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step (from 1) of a run of `num_steps`.
+
+    It depends on the step alone: there is no state to save, and a resumed run follows the settings it is given.
+    """
     if num_steps <= cfg.num_warmup_steps:
         warnings.warn(
             f"lr_scheduler.num_warmup_steps={cfg.num_warmup_steps} in a run of {num_steps} steps: the learning rate "
             "never reaches optimizer.lr.",
             stacklevel=2,
         )
-    return LambdaLR(optimizer, lambda step: lr_factor(step, cfg, num_steps))
+
+    def learning_rate(step: int) -> float:
+        done = step - 1
+        if done < cfg.num_warmup_steps:
+            return peak * step / (cfg.num_warmup_steps + 1)
+        if cfg.name == "constant":
+            return peak
+        progress = min(1.0, (done - cfg.num_warmup_steps) / max(1, num_steps - cfg.num_warmup_steps))
+        shape = 1 - progress if cfg.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+
+    return learning_rate
 
 
-def lr_factor(step: int, cfg: LRSchedulerConfig, num_steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): warm-up ends with 1 at step `num_warmup_steps`."""
-    if step < cfg.num_warmup_steps:
-        return (step + 1) / (cfg.num_warmup_steps + 1)
-    if cfg.name == "constant":
-        return 1.0
-    progress = min(1.0, (step - cfg.num_warmup_steps) / max(1, num_steps - cfg.num_warmup_steps))
-    shape = 1 - progress if cfg.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _with_own_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    kept = [{**saved, **own, "params": saved["params"]} for saved, own in groups]
+    return {**state, "param_groups": kept}

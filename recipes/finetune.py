@@ -89,7 +89,7 @@ def main(cfg: Config) -> None:
         models.enable_activation_checkpointing(model)
 
     optimizer = optim.build_optimizer(model, cfg.optimizer)
-    lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_model(folder: Path, dtype: torch.dtype | None = None) -> None:
         source = inputs.tokenizer_path
@@ -100,7 +100,6 @@ def main(cfg: Config) -> None:
         inputs.resume_from,
         write_model,
         optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
         loader=inputs.loader,
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
@@ -134,7 +133,7 @@ def main(cfg: Config) -> None:
                     raise run.not_finite(step, loss_value)
                 values = {
                     "loss": loss_value,
-                    "lr": float(lr_scheduler.get_last_lr()[0]),
+                    "lr": lr_schedule(step),
                     "grad_norm": grad_norm.item(),
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -143,8 +142,8 @@ def main(cfg: Config) -> None:
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
 
+            optim.set_lr(optimizer, lr_schedule(step))
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
             bar.update()
@@ -169,7 +168,7 @@ def main(cfg: Config) -> None:
     logger.close()
     print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     print(f"The model is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
-    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
+    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Hello'])[0])}")
 
 
 @dataclass

@@ -113,7 +113,7 @@ def main(cfg: Config) -> None:
         models.enable_activation_checkpointing(student)
 
     optimizer = optim.build_optimizer(student, cfg.optimizer)
-    lr_scheduler = optim.build_lr_scheduler(optimizer, cfg.lr_scheduler, inputs.num_steps)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
         source = inputs.tokenizer_path
@@ -124,7 +124,6 @@ def main(cfg: Config) -> None:
         inputs.resume_from,
         write_student,
         optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
         loader=inputs.loader,
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
@@ -163,7 +162,7 @@ def main(cfg: Config) -> None:
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
-                    "lr": float(lr_scheduler.get_last_lr()[0]),
+                    "lr": lr_schedule(step),
                     "grad_norm": grad_norm.item(),
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -173,8 +172,8 @@ def main(cfg: Config) -> None:
                 shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
                 bar.set_postfix_str(shown.format(**values), refresh=False)
 
+            optim.set_lr(optimizer, lr_schedule(step))
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
             bar.update()
@@ -203,7 +202,7 @@ def main(cfg: Config) -> None:
     sampled = {"teacher": teacher.model, "student": student}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     print(f"The student is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
-    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Once'])[0])}")
+    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Hello'])[0])}")
 
 
 @dataclass
