@@ -155,6 +155,25 @@ def test_watching_changes_nothing(recipe: Recipe, tiny: Path, tmp_path: Path) ->
     tiny_runs.assert_same_weights(plain / "model", watched / "model")
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_order(shuffle: bool, recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+    run = recipe(tiny, tmp_path / "run", f"shuffle={shuffle}")
+    other_seed = recipe(tiny, tmp_path / "other_seed", f"shuffle={shuffle}", "seed=1")
+    per_step = [line["num_tokens"] for line in tiny_runs.steps(run)]
+    assert (per_step[:3] == per_step[3:6] == per_step[6:]) == (not shuffle)
+    assert (tiny_runs.steps(run) == tiny_runs.steps(other_seed)) == (not shuffle)
+
+
+def test_validation_is_the_loss_of_its_rows(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+    """All rows in one step: its loss, taken before the weights move, is that of the validation before training."""
+    all_rows = [f"dataset_val.source={tiny / 'rows.jsonl'}", "dataset_val.format=completion", "batch_size=3"]
+    one_step = ["gradient_accumulation_steps=4", "epochs=1", "lr_scheduler.num_warmup_steps=0"]
+    before, step, after = tiny_runs.lines(recipe(tiny, tmp_path / "run", *all_rows, *one_step))
+    for key in LOSSES[recipe] - ({"loss"} if recipe is distil else set()):
+        assert step[key] == pytest.approx(before[f"val_{key}"], rel=1e-5)
+        assert step[key] != pytest.approx(after[f"val_{key}"], rel=1e-3)
+
+
 def test_clipping(tiny: Path, tmp_path: Path) -> None:
     smooth = ["optimizer.eps=1", "optimizer.weight_decay=0", "max_steps=1", "lr_scheduler.num_warmup_steps=0"]
     start = tiny_runs.weights(tiny / "student")
@@ -223,6 +242,16 @@ def test_save_dtype(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
     resumed_from, finished = tiny_runs.weights(saved), tiny_runs.weights(run / "model")
     assert all(weight.dtype == torch.float32 for weight in resumed_from.values()), "nothing is lost when resuming"
     assert all(torch.equal(weight, resumed_from[name].bfloat16()) for name, weight in finished.items())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_activation_checkpointing_is_on_when_asked(
+    asked: bool, recipe: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    monkeypatch.setattr("kdtune.models.enable_activation_checkpointing", models.append)
+    recipe(tiny, tmp_path / "run", *SHORT, f"enable_activation_checkpointing={asked}")
+    assert [model.config.num_layers for model in models] == [1] * asked, "the student's, which alone has a backward"
 
 
 # Where a model starts.
@@ -399,12 +428,21 @@ def test_a_finished_run_goes_on_with_more_epochs(recipe: Recipe, tiny: Path, tmp
     tiny_runs.assert_same_run(whole, run)
 
 
+def test_a_resumed_run_follows_its_settings(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+    whole = recipe(tiny, tmp_path / "whole")
+    rates = [line["lr"] for line in tiny_runs.steps(whole)]
+    run = recipe(tiny, tmp_path / "run", *SHORT, "save_every_n_steps=3")
+    recipe(tiny, run, "optimizer.lr=0.005", "resume_from_checkpoint=true")
+    assert [line["lr"] for line in tiny_runs.steps(run)][3:] == pytest.approx([rate / 2 for rate in rates[3:]])
+
+
 def test_validation_may_come_and_steps_may_go_when_resuming(
     recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is nothing to compare the end with, which is no reason to fail after the training."""
     run = recipe(tiny, tmp_path / "run", *SHORT, "save_every_n_steps=2")
     for overrides in (["epochs=2"], ["max_steps=1"]):
+        overrides.append("lr_scheduler.num_warmup_steps=0")
         recipe(tiny, run, *overrides, *tiny_runs.validated_on(tiny), "resume_from_checkpoint=true")
         assert (run / "model").is_dir()
     assert "before" not in capsys.readouterr().out
@@ -424,7 +462,7 @@ def test_resuming_with_other_rows_is_refused(
     recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = recipe(tiny, tmp_path / "run", *SHORT, "save_every_n_steps=2")
-    other = ["dataset.split=[:8]", "epochs=2", "resume_from_checkpoint=true"]
+    other = ["dataset.split=[:8]", "epochs=3", "resume_from_checkpoint=true"]
     assert "cannot continue in dataset" in refused(capsys, lambda: recipe(tiny, run, *other))
     assert len(tiny_runs.lines(run)) == 3, "nothing of the run is lost"
 
