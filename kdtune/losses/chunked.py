@@ -78,17 +78,20 @@ def distillation_loss(
         with_metrics: also compute `teacher_ce`, `teacher_entropy` and `agreement` from the same logits.
 
     Returns:
-        A `Loss`. Without any labelled token all values are 0 and `total` still has a graph.
+        A `Loss`. Without any labelled token here all values are 0 and `total` still has a graph.
 
     Raises:
-        ValueError: `kd_weight` without a teacher, or a temperature that is not positive.
+        ValueError: `kd_weight` without a teacher, a temperature that is not positive, or no labelled token in the whole
+            step.
     """
     if teacher_head is None and (kd_weight != 0 or with_metrics):
         raise ValueError(f"kd_weight={kd_weight} and metrics compare with a teacher, and there is none.")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}: both distributions are divided by it.")
+    if isinstance(num_tokens, int) and num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens}: a step without a labelled token teaches nothing.")
     scale = temperature**2 if scale_by_temperature_squared else 1.0
-    settings = _Settings(ce_weight, kd_weight, temperature, scale, chunk_size, with_metrics)
+    settings = _Settings(ce_weight, kd_weight, temperature, scale, chunk_size, with_metrics, torch.is_grad_enabled())
     teacher: tuple[Tensor | None, ...] = (None, None, None)
     if teacher_hidden is not None and teacher_head is not None:
         teacher = (teacher_hidden.detach(), teacher_head.weight.detach(), teacher_head.bias)
@@ -106,6 +109,7 @@ class _Settings:
     kd_scale: float
     chunk_size: int
     with_metrics: bool
+    with_grad: bool  # inside of an autograd.Function neither the grad mode nor needs_input_grad tells
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -125,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
         sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = (settings.with_grad and needed for needed in ctx.needs_input_grad[:3])
         needs_grad = needs_hidden or needs_weight or needs_bias
         hidden_grad = torch.zeros_like(hidden).flatten(0, 1) if needs_hidden else None  # [b * s, d]
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None  # [v, d]

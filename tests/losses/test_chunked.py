@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kdtune.losses import IGNORE, distillation_loss
+from kdtune.losses import chunked as chunked_module
 
 
 def make_problem(dtype=torch.float64, v=123, v_t=None, d=31, d_t=17, b=3, s=47, bias=False, seed=0):
@@ -196,3 +197,22 @@ def test_refusals():
         distillation_loss(hidden, head, labels, 1, kd_weight=0.5)
     with pytest.raises(ValueError, match="temperature"):
         chunked(make_problem(), temperature=0.0)
+
+
+def test_validation_pays_for_no_gradient(monkeypatch):
+    asked = []
+    chunk_loss = chunked_module._chunk_loss
+    monkeypatch.setattr(chunked_module, "_chunk_loss", lambda *args: asked.append(args[-1]) or chunk_loss(*args))
+    problem = make_problem()
+    with_grad = chunked(problem)
+    with torch.no_grad():
+        without = chunked(problem)
+    assert asked == [True, False]
+    assert without.total == with_grad.total
+    assert not without.total.requires_grad
+
+
+def test_no_label_in_the_whole_step_is_refused():
+    hidden, head, _, _, labels = make_problem()
+    with pytest.raises(ValueError, match="num_tokens=0: a step without a labelled token"):
+        distillation_loss(hidden, head, torch.full_like(labels, IGNORE), 0)
