@@ -33,7 +33,9 @@ T = TypeVar("T")
 ASSETS = Path(__file__).resolve().parent / "assets"
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NULLS = ("null", "None", "~")
-_RESOLVER = re.compile(r"(?<!\\)\$\{\s*([\w.]+)\s*:")
+# What follows an interpolation's `${`: another setting, or a shipped file. OmegaConf itself would take any resolver,
+# also under a name that is put together inside (`${${name}:HOME}`).
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{(?!\s*(?:[\w.]+|asset:[\w./-]+)\s*\})[^}]*\}?)")
 
 
 def setting(
@@ -343,9 +345,9 @@ def _parse(value: Any, field: _Field) -> Any:
 def _refusal(value: Any, field: _Field) -> str | None:
     """What OmegaConf would let through, or would refuse in words about itself."""
     for text in _strings(value):
-        for resolver in _RESOLVER.findall(text):
-            if resolver != "asset":
-                return f"uses ${{{resolver}:...}}; a config knows ${{other.setting}} and ${{asset:<path>}} only"
+        if unknown := _INTERPOLATION.search(text):
+            known = "a config knows ${other.setting} and ${asset:<path>} only"
+            return f"uses {unknown[1]}; {known}, and \\${{ for a text that has these two signs"
     wanted = f"wants {field.wanted()}, got {_show(value)}"
     if isinstance(value, Mapping) and not field.section:
         if not field.is_map:
@@ -440,7 +442,7 @@ def _holds(value: float, bound: str, limit: float) -> bool:
 def _escape(value: Any) -> Any:
     """A text that came out as `${...}`, because it was given as `\\${...}`, must not be interpolated when read back."""
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
         return {key: _escape(item) for key, item in value.items()}
     return [_escape(item) for item in value] if isinstance(value, list) else value

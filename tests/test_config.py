@@ -187,8 +187,8 @@ def test_defaults_are_not_shared() -> None:
         ("name=${output_dirr}", 'name="${output_dirr}" leads nowhere. Did you mean output_dir?'),
         ("name=${dataset_val.source}", "It lies in a section that is null."),
         ("name=${name}", "name wants str or null"),
-        ("name=${", "name wants str or null"),
-        ("name=${oc.env:HOME}", "name uses ${oc.env:...}"),
+        ("name=${", "name uses ${"),
+        ("name=${oc.env:HOME}", "name uses ${oc.env:HOME}"),
         ("name=${asset:../config.py}", "kdtune ships no ../config.py"),
         ("batch_size", "Did you mean batch_size=...?"),
         ("--batch_size=2", "Did you mean batch_size=2?"),
@@ -221,6 +221,23 @@ def test_everything_wrong_is_said_at_once(write: Any) -> None:
 def test_missing_settings_are_listed_at_once() -> None:
     with pytest.raises(ValueError, match=r"no value for output_dir, dataset\.source, dataset_val\.source\."):
         config.load(Config, None, ["dataset_val.max_rows=1"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${${output_dir}:HOME}",
+        "${oc.${log_dir}:HOME}",
+        "${ oc.env : HOME }",
+        "\\\\${oc.env:HOME}",  # an escaped backslash, and an interpolation that is not escaped
+        "${asset:${oc.env:HOME}}",
+        "${oc.create:{a: 1}}",
+        "[${oc.env:HOME}]",
+    ],
+)
+def test_no_resolver_gets_in_by_another_spelling(value: str) -> None:
+    with pytest.raises(ValueError, match="a config knows"):
+        config.load(Config, None, ["output_dir=oc.env", "log_dir=env", "dataset.source=x", f"name={value}"])
 
 
 def test_interpolation_to_a_missing_setting_is_one_message() -> None:
@@ -287,9 +304,12 @@ def test_to_yaml_is_read_back(write: Any) -> None:
     assert config.load(Config, write(text), []) == cfg
 
 
-def test_escaped_interpolation_is_text(write: Any) -> None:
-    cfg = load(r"name=\${x:y} \${z}")
-    assert cfg.name == "${x:y} ${z}"
+@pytest.mark.parametrize(
+    ("override", "name"), [(r"name=\${x:y} \${z}", "${x:y} ${z}"), (r"name=\\\${oc.env:HOME}", r"\${oc.env:HOME}")]
+)
+def test_escaped_interpolation_is_text(override: str, name: str, write: Any) -> None:
+    cfg = load(override)
+    assert cfg.name == name
     assert config.load(Config, write(config.to_yaml(cfg)), []) == cfg
 
 
