@@ -115,6 +115,7 @@ class Run:
                 part.load_state_dict(state[name])
             _set_random_state(state["random"])
             self.step = state["step"]
+            _delete_others(resume_from)
 
     def save(self) -> Path:
         """Write `checkpoints/step_N` of the present step, then delete the older ones and what a crash left there."""
@@ -125,9 +126,7 @@ class Run:
             torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
 
         folder = write_aside(self.output_dir / "checkpoints" / f"step_{self.step:08d}", write)
-        for other in sorted(folder.parent.iterdir()):
-            if other != folder and _FOLDER.fullmatch(other.name.lstrip(".").partition(".")[0]):
-                _delete(other)
+        _delete_others(folder)
         return folder
 
     def finish(self, write_model: Callable[[Path], None]) -> Path:
@@ -201,10 +200,12 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted((p for p in folders if (p / STATE_FILE).is_file()), key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def _delete(folder: Path) -> None:
-    """Under a hidden name, so that a crash leaves no half of a checkpoint that looks like a whole one."""
-    hidden = folder.with_name(f".{folder.name.lstrip('.')}")
-    shutil.rmtree(folder.rename(hidden))
+def _delete_others(newest: Path) -> None:
+    """Delete what lies beside the newest checkpoint: older ones, and what a crash left."""
+    for folder in sorted(newest.parent.iterdir()):
+        if folder != newest and _FOLDER.fullmatch(folder.name.lstrip(".").partition(".")[0]):
+            # Under a hidden name, so that a crash leaves no half of a checkpoint that looks like a whole one.
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name.lstrip('.')}")))
 
 
 def _random_state() -> dict[str, Any]:

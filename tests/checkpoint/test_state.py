@@ -130,11 +130,12 @@ def test_a_crash_while_saving_keeps_a_complete_checkpoint(
     newest = latest(tmp_path)
     assert newest is not None
     assert names(newest) == ["config.json", "model.safetensors", STATE_FILE]
+    assert names(tmp_path / "checkpoints") == [newest.name], "nothing of the crash is left over"
     assert (run.step, counter.value) in [(1, 11), (2, 22)]
     assert (run.step == 2) or not completed
     assert completed == (call >= 16), "the calls cover all of saving"
     save_at(run, 3)
-    assert names(tmp_path / "checkpoints") == ["step_00000003"], "nothing of the crash is left over"
+    assert names(tmp_path / "checkpoints") == ["step_00000003"]
 
 
 def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path) -> None:

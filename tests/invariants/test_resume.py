@@ -192,6 +192,7 @@ from pathlib import Path
 
 import torch
 import tqdm
+from kdtune.checkpoint import latest
 from kdtune.cli import main
 
 torch.set_num_threads(1)  # there must be no threads where it forks
@@ -231,19 +232,25 @@ def count_down(left):
     torch.save = counting(torch.save)
 
 
-argv = sys.argv[2:]
+def newest():
+    folder = latest(output_dir)
+    return folder.name if folder else ""
+
+
+output_dir, argv = Path(sys.argv[2]), sys.argv[3:]
 main.main([*argv, "output_dir=warm_up", "max_steps=1"])  # what is imported late is there before the forks
 if sys.argv[1] == "operations":
     # Some 20 operations belong to a checkpoint: each kind of them is hit in the course of the run.
     for kill_at in (3, 14, 25, 34, 43):
-        code = run(argv, kill_at=kill_at)
+        before, code = newest(), run(argv, kill_at=kill_at)
         assert code == -signal.SIGKILL, code
+        assert newest() >= before, "no way is lost"
 else:
     generator = random.Random(0)
-    code = 1
     for _ in range(int(sys.argv[1])):
-        code = run(argv, seconds=generator.uniform(0.05, 0.6))
+        before, code = newest(), run(argv, seconds=generator.uniform(0.05, 0.6))
         assert code in (0, -signal.SIGKILL), code
+        assert newest() >= before, "no way is lost"
 assert run(argv) == 0
 """
 
@@ -262,7 +269,7 @@ def test_killed_at_any_moment(kills: str, tiny: Path, uninterrupted: Path, tmp_p
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, kills, *argv],
+        [sys.executable, "-c", KILLED, kills, str(run), *argv],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
