@@ -2,7 +2,6 @@
 
 from kdtune.checkpoint.huggingface import (
     check_files,
-    copy_companions,
     load_model,
     read_config,
     save_model,
@@ -17,7 +16,6 @@ __all__ = [
     "StartCheckpointerConfig",
     "check_files",
     "check_start",
-    "copy_companions",
     "latest",
     "load_model",
     "load_start",

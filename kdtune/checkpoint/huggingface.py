@@ -20,15 +20,12 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes, as the hub recommends
 
 # What belongs to a checkpoint besides weights and config.json; copied as it is.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -65,7 +62,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def select_layers(config: Mapping[str, Any], keep_layers: Sequence[int] | None) -> dict[str, Any]:
-    """The `config.json` of a model that has only some layers of another; None keeps all.
+    """The `config.json` of a model that has only some layers of another, a family that kdtune has; None keeps all.
 
     Raises:
         ValueError: not an increasing list of layers that the model has.
@@ -157,8 +154,9 @@ def load_model(
         FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers` and `check_files`.
     """
     hf_config = read_config(folder)
+    whole = from_hf_config(hf_config)
     config = from_hf_config(select_layers(hf_config, keep_layers))
-    stored = {} if random_weights else check_files(folder, from_hf_config(hf_config))
+    stored = {} if random_weights else check_files(folder, whole)
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     with torch.device("meta"):
@@ -190,8 +188,7 @@ def save_model(
         model: what to write.
         folder: new or empty; made if need be.
         config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced.
-        source: folder whose tokenizer files and generation config are copied, as far as they exist, or a tokenizer's
-            file. None: none.
+        source: folder (or tokenizer's file) from which tokenizer and generation config are copied. None: from none.
         dtype: of the written weights. None: as they are in memory.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
 
@@ -215,7 +212,7 @@ def save_model(
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     _write_json(folder / "config.json", {**config, dtype_key: str(dtype).removeprefix("torch.")})
 
-    shards = _split(weights, max_shard_size)
+    shards = _split({name: weight.numel() * dtype.itemsize for name, weight in weights.items()}, max_shard_size)
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -230,12 +227,27 @@ def save_model(
 
 
 def copy_companions(source: str | Path, folder: str | Path) -> None:
-    """Copy tokenizer files and generation config, as far as the folder `source` has them, or the file `source`."""
-    source = Path(source)
-    files = [source] if source.is_file() else [source / name for name in COMPANIONS]
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, Path(folder) / file.name)
+    """Copy the tokenizer with its settings, and the generation config, as far as they exist.
+
+    Args:
+        source: a checkpoint folder; or a tokenizer's file, whose settings lie beside it. That file gets the name by
+            which a folder's tokenizer is found.
+        folder: where to.
+    """
+    source, folder = Path(source), Path(folder)
+    beside = source.parent if source.is_file() else source
+    names = [*VOCABULARIES, *COMPANIONS]
+    if source.is_file():
+        names = ["vocab.json", "merges.txt", *COMPANIONS]
+        if source.name not in names:
+            names = [*COMPANIONS]
+            shutil.copyfile(source, folder / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
+    for name in names:
+        if (beside / name).is_file():
+            shutil.copyfile(beside / name, folder / name)
+    for template in sorted((beside / "additional_chat_templates").glob("*.jinja")):
+        (folder / template.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / template.parent.name / template.name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -285,16 +297,16 @@ def _assign(model: nn.Module, name: str, weight: Tensor) -> None:
     setattr(model.get_submodule(owner), attribute, nn.Parameter(weight))
 
 
-def _split(weights: Mapping[str, Tensor], max_size: int) -> list[list[str]]:
-    """Names by shard, in order, each shard within `max_size` unless a single weight is larger."""
+def _split(sizes: Mapping[str, int], max_size: int) -> list[list[str]]:
+    """Names by shard, in order, each shard within `max_size` bytes unless a single weight is larger."""
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.nbytes > max_size:
+    total = 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > max_size:
             shards.append([])
-            size = 0
+            total = 0
         shards[-1].append(name)
-        size += weight.nbytes
+        total += size
     return shards
 
 

@@ -37,10 +37,11 @@ def check_start(cfg: StartCheckpointerConfig, resume_from: Path | None) -> dict[
         FileNotFoundError, ValueError: as `read_config`, `select_layers` and `check_files`; or the checkpoint is of
             another architecture than `cfg`.
     """
-    whole = read_config(cfg.checkpoint_dir)
-    config = select_layers(whole, cfg.keep_layers)
+    hf_config = read_config(cfg.checkpoint_dir)
+    whole = from_hf_config(hf_config)
+    config = select_layers(hf_config, cfg.keep_layers)
     if resume_from is None and not cfg.random_weights:
-        check_files(cfg.checkpoint_dir, from_hf_config(whole))
+        check_files(cfg.checkpoint_dir, whole)
     if resume_from is not None:
         saved = from_hf_config(read_config(resume_from))
         check_files(resume_from, saved)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 4 * 2**20  # bytes read at a time
+METADATA = "__metadata__"  # what the header has besides tensors
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,23 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(header_size))
         except ValueError:
             raise ValueError(_damaged(file, "its header is not JSON")) from None
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        tensors[name] = StoredTensor(
-            file, entry["dtype"], tuple(entry["shape"]), start=8 + header_size + start, size=end - start
-        )
+    try:
+        tensors = {name: _place(file, entry, 8 + header_size) for name, entry in header.items() if name != METADATA}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(_damaged(file, "its header does not say what lies where")) from None
     promised = max((tensor.start + tensor.size for tensor in tensors.values()), default=file_size)
     if file_size < promised:
         raise ValueError(_damaged(file, f"it has {file_size:,} bytes, and its header promises {promised:,}"))
     return tensors
+
+
+def _place(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    start, end = entry["data_offsets"]
+    stored = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start=data + start, size=end - start)
+    dtype = DTYPES.get(stored.dtype)
+    if start < 0 or (dtype is not None and stored.size != math.prod(stored.shape) * dtype.itemsize):
+        raise ValueError
+    return stored
 
 
 def _damaged(file: Path, how: str) -> str:

@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdtune.checkpoint import check_files, load_model, read_config, save_model, select_layers
+from kdtune.checkpoint import (
+    StartCheckpointerConfig,
+    check_files,
+    check_start,
+    load_model,
+    read_config,
+    save_model,
+    select_layers,
+)
+from kdtune.checkpoint.huggingface import copy_companions
+from kdtune.checkpoint.weights import read_header
 from kdtune.models import Decoder, from_hf_config
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -88,6 +98,29 @@ def test_companions_travel_along(hf_folder: Callable[..., Path], tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("tokenizer.model", ["tokenizer.model"]),
+        ("other.json", ["tokenizer.json"]),
+        ("ranks.tiktoken", ["tokenizer.model"]),
+        ("merges.txt", ["merges.txt", "vocab.json"]),
+    ],
+)
+def test_a_tokenizer_file_travels_with_its_settings(given: str, found: list[str], tmp_path: Path) -> None:
+    """The settings beside it are what its tokenizer was read with; another vocabulary beside it is not."""
+    settings = ["additional_chat_templates/tool_use.jinja", "generation_config.json", "tokenizer_config.json"]
+    (tmp_path / "source/additional_chat_templates").mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", given, *settings):
+        (tmp_path / "source" / name).write_text(name)
+    (tmp_path / "to").mkdir()
+    copy_companions(tmp_path / "source" / given, tmp_path / "to")
+    copied = sorted(path for path in (tmp_path / "to").rglob("*") if path.is_file())
+    assert [path.relative_to(tmp_path / "to").as_posix() for path in copied] == sorted([*found, *settings])
+    if len(found) == 1:
+        assert (tmp_path / "to" / found[0]).read_text() == given
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
 def test_weights_are_as_readable_as_the_config(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = hf_folder("llama")
@@ -146,6 +179,21 @@ def test_keep_layers_moves_the_first_window() -> None:
 def test_keep_layers_refusals(kept: list[int], hf_folder: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=r"must name layers of the model in increasing order.*it has 0 to 2"):
         load(hf_folder("llama"), keep_layers=kept)
+
+
+def test_keep_layers_of_a_family_that_is_not_here(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    with pytest.raises(ValueError, match="model_type 'gpt2', which kdtune does not have"):
+        load(tmp_path, keep_layers=[0])
+    with pytest.raises(ValueError, match="model_type 'gpt2', which kdtune does not have"):
+        check_start(StartCheckpointerConfig(str(tmp_path), keep_layers=[0]), None)
+
+
+def test_shards_are_measured_as_they_are_written(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = hf_folder("llama")
+    model = load(source, dtype=torch.bfloat16)
+    save_model(model, tmp_path, config=read_config(source), source=None, dtype=torch.float32, max_shard_size=100_000)
+    assert all(shard.stat().st_size < 110_000 for shard in tmp_path.glob("*.safetensors"))
 
 
 def test_random_weights_need_config_only_and_are_the_seed_s(hf_folder: Callable[..., Path]) -> None:
@@ -243,6 +291,23 @@ def test_not_a_safetensors_file(hf_folder: Callable[..., Path]) -> None:
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="is not a complete safetensors file"):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        '{"a": 1}',
+        '{"a": {"dtype": "F32"}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+    ],
+)
+def test_a_header_that_makes_no_sense(header: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(ValueError, match="its header does not say what lies where"):
+        read_header(file)
 
 
 def test_missing_tensors(hf_folder: Callable[..., Path]) -> None:
