@@ -41,14 +41,17 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
             itself raises ValueError for a row of the wrong shape.
     """
     known = _COLUMNS[cfg.format]
+    template = None if cfg.prompt_template is None else _parse_template(cfg.prompt_template)
+    if template is not None and cfg.format != "instruct":
+        raise ValueError(f"prompt_template is for format=instruct, not {cfg.format}. Leave it out.")
+    if template is not None:
+        known = (*(name for _, name in template if name is not None), "output")
     unknown = sorted(set(cfg.column_map) - set(known))
     if unknown:
         raise ValueError(
-            f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the format's names "
-            f"to the columns of the rows; the names are {', '.join(known)}."
+            f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the names of the "
+            f"format, or of prompt_template, to the columns of the rows; the names are {', '.join(known)}."
         )
-    if cfg.prompt_template is not None and cfg.format != "instruct":
-        raise ValueError(f"prompt_template is for format=instruct, not {cfg.format}. Leave it out.")
     if cfg.train_on_input and cfg.format == "text":
         raise ValueError(
             "train_on_input=true says nothing for format=text, where every token is labelled. Leave it out."
@@ -65,8 +68,13 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
         return lambda row: _encode_pair(
             _text(row, "prompt", cfg), _text(row, "completion", cfg), cfg.train_on_input, tokenizer, eos_id
         )
-    fill = _alpaca if cfg.prompt_template is None else _template(cfg.prompt_template)
-    return lambda row: _encode_pair(fill(row, cfg), _text(row, "output", cfg), cfg.train_on_input, tokenizer, eos_id)
+    return lambda row: _encode_pair(
+        _alpaca(row, cfg) if template is None else _fill(template, row, cfg),
+        _text(row, "output", cfg),
+        cfg.train_on_input,
+        tokenizer,
+        eos_id,
+    )
 
 
 def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Tokenizer, eos_id: int) -> Encoded:
@@ -116,15 +124,16 @@ def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
 
 def _alpaca(row: Columns, cfg: DatasetConfig) -> str:
     instruction = _text(row, "instruction", cfg)
-    is_given = cfg.column_map.get("input", "input") in row
+    is_given = row.get(cfg.column_map.get("input", "input")) is not None  # parquet and csv have the column in each row
     context = _text(row, "input", cfg) if is_given else ""
     template = ALPACA_WITH_INPUT if context else ALPACA
     return template.format(instruction=instruction, input=context)
 
 
-def _template(template: str) -> Callable[[Columns, DatasetConfig], str]:
+def _parse_template(template: str) -> list[tuple[str, str | None]]:
+    """A template as pieces of text, each with the name of the column behind it."""
     try:
-        parts = [(text, name, spec, conversion) for text, name, spec, conversion in string.Formatter().parse(template)]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
             f"prompt_template: {error}. Columns stand in braces; a brace itself is written twice."
@@ -135,11 +144,11 @@ def _template(template: str) -> Callable[[Columns, DatasetConfig], str]:
             raise ValueError(
                 f"prompt_template: {{{name}}} is not the name of a column. A brace itself is written twice."
             )
+    return [(text, name) for text, name, _, _ in parts]
 
-    def fill(row: Columns, cfg: DatasetConfig) -> str:
-        return "".join(text + ("" if name is None else _string(row, name, name)) for text, name, _, _ in parts)
 
-    return fill
+def _fill(template: list[tuple[str, str | None]], row: Columns, cfg: DatasetConfig) -> str:
+    return "".join(text + ("" if name is None else _text(row, name, cfg)) for text, name in template)
 
 
 def _text(row: Columns, name: str, cfg: DatasetConfig) -> str:

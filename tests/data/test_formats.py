@@ -118,6 +118,17 @@ def test_column_map(qwen: tokenizers.Tokenizer, tmp_path: Path) -> None:
     assert spans(examples[0], qwen)[0] == (False, ALPACA.format(instruction="12 + 30?"))
 
 
+def test_column_map_reaches_into_the_prompt_template(qwen: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    rows = [{"q": "12 + 30?", "a": "42"}]
+    settings = {"prompt_template": "{instruction}\n", "column_map": {"instruction": "q", "output": "a"}}
+    assert spans(load(tmp_path, rows, qwen, **settings)[0], qwen)[0] == (False, "12 + 30?\n")
+
+
+def test_an_input_of_null_is_none(qwen: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    rows = [{"instruction": "12 + 30?", "input": None, "output": "42"}]
+    assert spans(load(tmp_path, rows, qwen)[0], qwen)[0] == (False, ALPACA.format(instruction="12 + 30?"))
+
+
 def test_text_is_all_labelled(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("The quick brown fox.")
     examples = data.load(DatasetConfig(source=str(tmp_path / "story.txt"), format="text"), tokenizer, 512)
@@ -295,6 +306,7 @@ def test_roles_that_the_template_refuses(tmp_path: Path) -> None:
             {"column_map": {"answer": "a"}},
             r"'answer', which the format instruct does not read.*instruction, input, output",
         ),
+        ({"prompt_template": "{a}", "column_map": {"instruction": "b"}}, r"does not read.*the names are a, output"),
         ({"prompt_template": "{a.b}"}, r"{a.b} is not the name of a column"),
         ({"prompt_template": "{}"}, r"not the name"),
         ({"prompt_template": "{a"}, r"prompt_template"),
