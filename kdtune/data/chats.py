@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 from kdtune.tokenizers import Tokenizer
@@ -19,6 +21,10 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+
+# What a template that writes today's date (Llama 3.2, SmolLM3) is told. With the real one, the same rows would be other
+# examples every day: a run could not be repeated, nor resumed after midnight. Llama 3's templates know this day, too.
+DATE = datetime(2024, 7, 26)
 
 Message = dict[str, Any]
 Part = tuple[str, bool]  # text, and whether the assistant said it
@@ -86,14 +92,15 @@ def split_turns(messages: Sequence[Message], tools: Any, tokenizer: Tokenizer) -
         except json.JSONDecodeError as error:
             raise ValueError(f"the tools are not valid json: {error}.") from None
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _says_something(message)]
+    render = partial(tokenizer.render_chat, tools=tools or None, date=DATE)
     turns = []  # start of the answer, and the text up to its end
     for i in answers:
-        text = tokenizer.render_chat(messages[: i + 1], tools=tools or None)
-        prompt = tokenizer.render_chat(messages[:i], add_generation_prompt=True, tools=tools or None)
+        text = render(messages[: i + 1])
+        prompt = render(messages[:i], add_generation_prompt=True)
         turns.append((_shared_length(prompt, text), text))
     if not turns:
         return []
-    whole = tokenizer.render_chat(messages, tools=tools or None)
+    whole = render(messages)
     if not all(whole.startswith(text) for _, text in turns):
         return [[(text[:start], False), (text[start:], True)] for start, text in turns]
     parts: list[Part] = []

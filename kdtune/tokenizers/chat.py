@@ -13,14 +13,23 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], *, date: datetime | None = None, **variables: Any
+) -> str:
     """Renders `messages` with a jinja template, sandboxed: a template comes with a checkpoint and cannot be trusted.
+
+    Args:
+        template: the jinja source.
+        messages: dicts with `role` and `content`.
+        date: what a template that asks for the time is told. None: now.
+        variables: further names that the template may use.
 
     Raises:
         ValueError: the template is broken, or refuses these messages (in its own words).
     """
+    strftime_now = (date or datetime.now()).strftime
     try:
-        return _compile(template).render(messages=messages, **variables)
+        return _compile(template).render(messages=messages, strftime_now=strftime_now, **variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
@@ -46,7 +55,6 @@ def _compile(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(template)
 
 

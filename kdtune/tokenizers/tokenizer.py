@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, final
 
@@ -140,6 +141,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime | None = None,
     ) -> str:
         """The text that the folder's chat template makes of `messages` (with its bos, if the template writes one).
 
@@ -147,6 +149,7 @@ class Tokenizer:
             messages: dicts with `role` and `content`.
             add_generation_prompt: end with the header of an assistant's turn.
             tools: json schemas of functions that the assistant may call.
+            date: the day for a template that tells it to the model. None: today.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
@@ -164,7 +167,7 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return chat.render(self._templates[name], messages, **variables)
+        return chat.render(self._templates[name], messages, date=date, **variables)
 
     def encode_chat(
         self,

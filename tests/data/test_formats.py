@@ -200,6 +200,14 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_example_per_turn(tmp_p
     assert "<think>" not in spans(examples[1], tokenizer)[0][1]
 
 
+def test_a_template_with_todays_date_makes_the_same_examples_every_day(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}\n" + folders.CHATML
+    tokenizer = tokenizers.load(folders.qwen(tmp_path / "t", chat_template=template))
+    examples = load(tmp_path, [{"messages": TURNS[1:3]}], tokenizer, format="chat")
+    assert spans(examples[0], tokenizer)[0][1].startswith("26 Jul 2024\n")
+    assert not tokenizer.render_chat(TURNS[1:3]).startswith("26 Jul 2024")
+
+
 def test_tools_and_tool_calls(tmp_path: Path) -> None:
     template = (
         "{% for t in tools or [] %}tool {{ t.name }}\n{% endfor %}{% for m in messages %}{{ m.role }}: "
