@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,12 @@ def generate(
     top_p: float | None = None,
     stop_ids: Collection[int] = (),
     seed: int = 0,
+    first_row: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt until one of `stop_ids` or `max_new_tokens`.
 
-    A row's continuation depends on its own prompt alone, and when sampling on `seed` plus its index: rows are padded
-    on the right, and each has its own random numbers.
+    A row's continuation depends on its own prompt alone, and when sampling on `seed` and its index: rows are padded on
+    the right, and each has its own random numbers.
 
     Args:
         model: in any dtype, on any device.
@@ -37,7 +39,8 @@ def generate(
         top_p: sample among the fewest likeliest tokens whose probabilities add up to this (nucleus sampling, Holtzman
             et al. 2019), after `temperature` and `top_k`. None: all.
         stop_ids: tokens that end a row.
-        seed: of the sampling.
+        seed: of the sampling, >= 0.
+        first_row: index of the first prompt, where prompts come in several calls.
 
     Returns:
         The new tokens of each row; a stop token, if one came, is the last of them.
@@ -53,7 +56,8 @@ def generate(
     longest = int(lengths.max())
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=weight.device)
     cache = KVCache(model.config, len(prompts), longest + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    # Not seed + row: the second row of one seed would be the first of the next.
+    generators = [np.random.default_rng([seed, first_row + row]) for row in range(len(prompts))]
     stops = torch.tensor(sorted(stop_ids), device=weight.device, dtype=torch.int64)
 
     # Marking the padding costs the fast causal attention, and only dynamic rope looks at the length of a row.
@@ -70,7 +74,7 @@ def generate(
         if temperature == 0:
             chosen = logits.argmax(dim=-1)  # [b]
         else:
-            draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+            draws = torch.tensor([generator.random(dtype=np.float32) for generator in generators])
             chosen = sample(logits / temperature, draws.to(logits.device), top_k=top_k, top_p=top_p)
         steps.append(chosen)
         stopped |= torch.isin(chosen, stops)

@@ -61,7 +61,8 @@ def main(cfg: Config) -> None:
             top_k=cfg.top_k,
             top_p=cfg.top_p,
             stop_ids=inputs.tokenizer.eos_ids,
-            seed=cfg.seed + first,  # each row has its own random numbers, whatever the batch size
+            seed=cfg.seed,
+            first_row=first,  # each row has its own random numbers, whatever the batch size
         )
         for row, tokens in zip(rows, new_tokens, strict=True):
             results.append({"prompt": row.prompt, "continuation": inputs.tokenizer.decode(tokens)})

@@ -39,6 +39,15 @@ def test_sampled_rows_do_not_depend_on_neighbours(model: Decoder) -> None:
     assert together != generate(model, PROMPTS, seed=6, **settings)
 
 
+def test_rows_of_one_seed_are_not_those_of_the_next(model: Decoder) -> None:
+    prompts = [[5, 6, 7]] * 6
+    settings = {"max_new_tokens": 12, "temperature": 1.0}
+    zero, one = (generate(model, prompts, seed=seed, **settings) for seed in (0, 1))
+    rows = [tuple(row) for row in zero + one]
+    assert len(set(rows)) == len(rows)
+    assert generate(model, prompts[:2], seed=1, first_row=4, **settings) == one[4:]
+
+
 def test_sampling_leaves_the_global_random_state(model: Decoder) -> None:
     state = torch.get_rng_state()
     generate(model, PROMPTS, max_new_tokens=3, temperature=1.0)
