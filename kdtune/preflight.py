@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdtune import tokenizers
@@ -28,6 +29,36 @@ def check_sequence_length(length: int, setting: str, model: ModelConfig, role: s
             f"{setting} is {length}, and the {role} was built for {model.max_seq_len} positions "
             f"(max_position_embeddings). Beyond them its predictions mean nothing: use at most {model.max_seq_len}."
         )
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, setting: str, model: ModelConfig, role: str
+) -> None:
+    """Refuse prompts that `model` cannot continue.
+
+    Args:
+        prompts: the ids of each.
+        max_new_tokens: how far they are continued.
+        setting: where they come from, to name it.
+        model: the architecture.
+        role: student, teacher or model, to name it.
+
+    Raises:
+        ValueError: a prompt without tokens, with ids that the model does not have, or that is too long.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise ValueError(
+                f"{setting}: prompt {number} is empty, and the tokenizer puts no token before a text: there is nothing "
+                "to continue. Write at least a word."
+            )
+        if max(prompt) >= model.vocab_size:
+            raise ValueError(
+                f"{setting}: prompt {number} has the id {max(prompt)}, and the {role}'s embedding has "
+                f"{model.vocab_size} rows. Leave out the token that the {role} does not have."
+            )
+        length = len(prompt) + max_new_tokens
+        check_sequence_length(length, f"{setting}: prompt {number} with {max_new_tokens} new tokens", model, role)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, role: str) -> None:

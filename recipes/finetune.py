@@ -96,11 +96,7 @@ def main(cfg: Config) -> None:
         checkpoint.save_model(model, folder, config=inputs.model_config, source=source, dtype=dtype)
 
     run = checkpoint.Run(
-        Path(cfg.output_dir),
-        inputs.resume_from,
-        write_model,
-        optimizer=optimizer,
-        loader=inputs.loader,
+        Path(cfg.output_dir), inputs.resume_from, write_model, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
@@ -123,18 +119,18 @@ def main(cfg: Config) -> None:
                 loss.total.backward()
                 loss_sum += loss.ce
 
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                loss_value = loss_sum.item()
-                if not math.isfinite(loss_value):
-                    raise run.not_finite(step, loss_value)
+                loss_value, grad_norm = loss_sum.item(), norm.item()
+                if not math.isfinite(loss_value + grad_norm):
+                    raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
                     "lr": lr_schedule(step),
-                    "grad_norm": grad_norm.item(),
+                    "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
                     "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
@@ -167,8 +163,9 @@ def main(cfg: Config) -> None:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
     print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The model is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
-    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Hello'])[0])}")
+    settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
+    print(f"The model is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
 @dataclass
@@ -196,20 +193,22 @@ def check(cfg: Config) -> Inputs:
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
     resume_from = checkpoint.prepare_output_dir(
         output_dir,
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite_output_dir,
-        sources=[cfg.checkpointer.checkpoint_dir],
+        sources=(cfg.checkpointer.checkpoint_dir, tokenizer_path),
     )
 
     model_config = checkpoint.check_start(cfg.checkpointer, resume_from)
     model = models.from_hf_config(model_config)
 
-    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
     tokenizer = tokenizers.load(tokenizer_path)
     preflight.check_vocabulary(tokenizer, model, "model")
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
+    prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
+    preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, "model")
 
     estimate = memory.estimate(
         model,
@@ -226,7 +225,7 @@ def check(cfg: Config) -> Inputs:
     examples_val = cfg.dataset_val and data.load(
         cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val"
     )
-    val_batches = list(data.batches(examples_val, cfg.batch_size, tokenizer.pad_id)) if examples_val else []
+    val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
     loader = data.Loader(
         examples,
         batch_size=cfg.batch_size,
@@ -234,7 +233,6 @@ def check(cfg: Config) -> Inputs:
         max_steps_per_epoch=cfg.max_steps_per_epoch,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
-        pad_id=tokenizer.pad_id,
     )
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
 

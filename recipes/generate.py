@@ -120,10 +120,9 @@ def check(cfg: Config) -> Inputs:
     preflight.check_vocabulary(tokenizer, model, "model")
 
     rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]
-    if any(not row.tokens for row in rows):
-        raise ValueError("A prompt has no tokens (the tokenizer puts none before it): there is nothing to continue.")
-    longest = max(len(row.tokens) for row in rows) + cfg.max_new_tokens
-    preflight.check_sequence_length(longest, "the longest prompt plus max_new_tokens", model, "model")
+    setting = "prompt" if cfg.prompts_file is None else "prompts_file"
+    different = [row.tokens for row in rows[:: cfg.num_samples]]
+    preflight.check_prompts(different, cfg.max_new_tokens, setting, model, "model")
     print(preflight.describe(folder, model))
     print(f"{len(rows)} continuations, {cfg.dtype} on {devices.describe(run_device)}\n")
     return Inputs(run_device, devices.DTYPES[cfg.dtype], tokenizer, rows)

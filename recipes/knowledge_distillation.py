@@ -120,11 +120,7 @@ def main(cfg: Config) -> None:
         checkpoint.save_model(student, folder, config=inputs.student_config, source=source, dtype=dtype)
 
     run = checkpoint.Run(
-        Path(cfg.output_dir),
-        inputs.resume_from,
-        write_student,
-        optimizer=optimizer,
-        loader=inputs.loader,
+        Path(cfg.output_dir), inputs.resume_from, write_student, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
@@ -150,20 +146,20 @@ def main(cfg: Config) -> None:
                 loss.total.backward()
                 sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
 
-            grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                loss_value, ce_loss, kd_loss = sums.tolist()
-                if not math.isfinite(loss_value):
-                    raise run.not_finite(step, loss_value)
+                (loss_value, ce_loss, kd_loss), grad_norm = sums.tolist(), norm.item()
+                if not math.isfinite(loss_value + grad_norm):
+                    raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
                     "lr": lr_schedule(step),
-                    "grad_norm": grad_norm.item(),
+                    "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
                     "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
@@ -201,8 +197,9 @@ def main(cfg: Config) -> None:
     logger.close()
     sampled = {"teacher": teacher.model, "student": student}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The student is in {folder}. Try it:\n  kdtune run generate checkpointer.checkpoint_dir={folder}", end=" ")
-    print(f"device={cfg.device} dtype={cfg.dtype} prompt={shlex.quote((cfg.sample_prompts or ['Hello'])[0])}")
+    settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
+    print(f"The student is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
 @dataclass
@@ -230,11 +227,12 @@ def check(cfg: Config) -> Inputs:
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
     resume_from = checkpoint.prepare_output_dir(
         output_dir,
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite_output_dir,
-        sources=(cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir),
+        sources=(cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir, tokenizer_path),
     )
 
     student_config = checkpoint.check_start(cfg.checkpointer, resume_from)
@@ -242,12 +240,13 @@ def check(cfg: Config) -> Inputs:
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
 
-    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
     tokenizer = tokenizers.load(tokenizer_path)
     teacher_tokenizer = tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir)
     preflight.check_pair(tokenizer, teacher_tokenizer, student, teacher)
+    prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, model in (("student", student), ("teacher", teacher)):
         preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
+        preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, role)
 
     estimate = memory.estimate(
         student,
@@ -260,11 +259,12 @@ def check(cfg: Config) -> Inputs:
     )
     preflight.check_disk_space(output_dir, estimate.disk(keeps_checkpoints=cfg.save_every_n_steps > 0))
 
-    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
+    vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
+    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
     examples_val = cfg.dataset_val and data.load(
-        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val"
+        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
     )
-    val_batches = list(data.batches(examples_val, cfg.batch_size, tokenizer.pad_id)) if examples_val else []
+    val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
     loader = data.Loader(
         examples,
         batch_size=cfg.batch_size,
@@ -272,7 +272,6 @@ def check(cfg: Config) -> Inputs:
         max_steps_per_epoch=cfg.max_steps_per_epoch,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
-        pad_id=tokenizer.pad_id,
     )
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
 
@@ -331,17 +330,18 @@ def evaluate(
 
 
 def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> None:
-    """Warn if the teacher knows no more than a uniform guess: its weights are then not what they should be."""
-    first_batch = itertools.islice(data.batches(inputs.loader.examples, cfg.batch_size, inputs.tokenizer.pad_id), 1)
+    """Warn if the teacher knows hardly more than a uniform guess: its weights are then not what they should be."""
+    first_batch = itertools.islice(data.batches(inputs.loader.examples, cfg.batch_size), 1)
     values = evaluate(cfg, inputs, first_batch, student, teacher)
     teacher_ce, uniform = values["val_teacher_ce_loss"], math.log(teacher.model.config.vocab_size)
     print(
         f"teacher check on {cfg.batch_size} rows: ce {teacher_ce:.3f} (a uniform guess: {uniform:.3f}), "
         f"KL(teacher, student) {values['val_kd_loss']:.3f}"
     )
-    if teacher_ce >= uniform:
+    # Fresh weights come out a little above or below the guess. Written so that NaN is called out, too.
+    if not teacher_ce < 0.95 * uniform:
         print(
-            f"WARNING: the teacher predicts the labels worse than a uniform guess ({teacher_ce:.3f} against "
+            f"WARNING: the teacher predicts the labels no better than a uniform guess ({teacher_ce:.3f} against "
             f"{uniform:.3f} nats), so a student learns noise from it. Is {cfg.teacher_checkpointer.checkpoint_dir} "
             "trained, and for this kind of text?"
         )

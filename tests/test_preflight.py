@@ -55,6 +55,20 @@ def test_sequence_length() -> None:
         preflight.check_sequence_length(129, "tokenizer.max_seq_len", model(), "teacher")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], r"sample_prompts: prompt 2 is empty"),
+        ([[1, SIZE]], r"prompt 1 has the id 2048, and the teacher's embedding has 2048 rows"),
+        ([[1] * 65], r"prompt 1 with 64 new tokens is 129, and the teacher was built for 128"),
+    ],
+)
+def test_prompts(prompts: list[list[int]], message: str) -> None:
+    preflight.check_prompts([[1] * 64], 64, "sample_prompts", model(), "teacher")
+    with pytest.raises(ValueError, match=message):
+        preflight.check_prompts(prompts, 64, "sample_prompts", model(), "teacher")
+
+
 def test_vocabulary(tokenizer: Tokenizer) -> None:
     preflight.check_vocabulary(tokenizer, model(), "student")
     preflight.check_vocabulary(tokenizer, model(SIZE + 64), "student")

@@ -142,13 +142,14 @@ class Run:
         versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
         (self.output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
-    def not_finite(self, step: int, loss: float) -> FloatingPointError:
-        """The error for a loss that is not a number."""
+    def not_finite(self, step: int, loss: float, grad_norm: float) -> FloatingPointError:
+        """The error for a loss or a gradient that is not a number."""
         newest = latest(self.output_dir)
         kept = f"The checkpoint {newest} is from before." if newest else "No checkpoint was saved before."
         return FloatingPointError(
-            f"The loss of step {step} is {loss}. The step was not applied, since no later step could recover from it. "
-            f"{kept} Usual causes: a learning rate that is too high, a warm-up that is too short, broken weights."
+            f"The loss of step {step} is {loss}, the norm of its gradient {grad_norm}. The step was not applied, since "
+            f"no later step could recover from it. {kept} Usual causes: a learning rate that is too high, a warm-up "
+            "that is too short, broken weights."
         )
 
 

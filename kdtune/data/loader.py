@@ -42,7 +42,7 @@ class Loader:
             max_steps_per_epoch: steps after which an epoch ends early, leaving its other examples out; None: none is.
             shuffle: a new order for each epoch; False: as read.
             seed: >= 0.
-            pad_id: id that fills the rows.
+            pad_id: id that fills the rows: any that the models have, since it changes nothing.
         """
         if len(examples) == 0:
             raise ValueError(f"{examples.name} has no examples.")
@@ -119,7 +119,7 @@ class Loader:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.examples))
 
 
-def batches(examples: Examples, batch_size: int, pad_id: int) -> Iterator[Batch]:
+def batches(examples: Examples, batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
     """All examples once, in the order in which they were read: for validation."""
     for start in range(0, len(examples), batch_size):
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))], pad_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -269,7 +270,7 @@ def test_a_loss_that_is_no_number(saved: bool, tmp_path: Path) -> None:
     run = open_run(tmp_path)
     if saved:
         save_at(run, 3)
-    error = run.not_finite(5, float("nan"))
+    error = run.not_finite(5, float("nan"), math.inf)
     assert isinstance(error, FloatingPointError)
-    assert "loss of step 5 is nan" in str(error)
+    assert "loss of step 5 is nan, the norm of its gradient inf" in str(error)
     assert ("step_00000003 is from before" if saved else "No checkpoint was saved before") in str(error)

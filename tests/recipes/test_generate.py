@@ -97,7 +97,7 @@ def test_bf16(generate: Generate) -> None:
         (["prompt=a", "top_k=3"], "temperature=0 takes the likeliest token"),
         (["prompt=a", "num_samples=2"], "temperature=0 takes the likeliest token"),
         (["prompt=a", "system_prompt=b"], "give chat=true"),
-        (["prompt=a", "max_new_tokens=128"], "the longest prompt plus max_new_tokens is 1"),
+        (["prompt=a", "max_new_tokens=128"], "prompt: prompt 1 with 128 new tokens is 1"),
         (["prompt=a", "top_p=1.5", "temperature=1"], "top_p"),
         (["prompt=a", "temperature=-1"], "temperature"),
         (["prompt=a", "output_file=nowhere/out.jsonl"], "output_file=nowhere/out.jsonl"),
@@ -141,7 +141,7 @@ def test_a_prompt_without_tokens(
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
     (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
     monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
-    arguments = [f"checkpointer.checkpoint_dir={folder}", f"prompts_file={tmp_path / 'prompts.txt'}", "device=cpu"]
+    arguments = [f"checkpointer.checkpoint_dir={folder}", f"prompts_file={tmp_path / 'prompts.txt'}"]
     with pytest.raises(SystemExit):
-        main(["run", "generate", *arguments])
-    assert "A prompt has no tokens" in capsys.readouterr().err
+        main(["run", "generate", *arguments, "device=cpu", "max_new_tokens=8"])
+    assert "prompts_file: prompt 2 is empty" in capsys.readouterr().err

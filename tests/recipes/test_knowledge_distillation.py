@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import save_file
 from tiny_runs import distil
 
 from kdtune import checkpoint, data, tokenizers
@@ -57,12 +59,23 @@ def test_the_divergence_is_what_its_definition_says(
     assert line["kd_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_untrained_teacher_is_called_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    distil(tiny, tmp_path / "run", *SHORT)
+@pytest.mark.parametrize("weight", [None, 0.0, math.nan], ids=["random", "zero", "nan"])
+def test_an_untrained_teacher_is_called_out(
+    weight: float | None, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tiny_runs.write_model(tmp_path / "teacher", seed=3)  # with this seed a little better than the guess
+    if weight is not None:
+        weights = {
+            name: value if "norm" in name else torch.full_like(value, weight)
+            for name, value in tiny_runs.weights(teacher).items()
+        }
+        save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    with contextlib.suppress(SystemExit):  # a loss of NaN ends the run
+        distil(tiny, tmp_path / "run", *SHORT, taught_by(teacher), "batch_size=10", "kd_ratio=1")
     out = capsys.readouterr().out.splitlines()
     (warning,) = (line for line in out if line.startswith("WARNING: "))
-    assert "worse than a uniform guess" in warning
-    assert str(tiny / "teacher") in warning
+    assert "no better than a uniform guess" in warning
+    assert str(teacher) in warning
     (shown,) = (line for line in out if line.startswith("teacher check"))
     assert f"a uniform guess: {math.log(2048):.3f}" in shown
     assert "KL(teacher, student)" in shown
@@ -197,3 +210,40 @@ def test_settings_out_of_range(setting: str, tiny: Path, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         distil(tiny, tmp_path / "run", setting)
     assert setting.partition("=")[0] in capsys.readouterr().err
+
+
+def test_tokens_that_only_the_student_has(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A larger student may know more tokens; where a row has one, the teacher has nothing to say."""
+    student = tiny_runs.write_model(tmp_path / "student", seed=1, vocab_size=2056)
+    content = json.loads((student / "tokenizer.json").read_text())
+    new = {**content["added_tokens"][-1], "id": 2048, "content": "<|new|>"}
+    (student / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], new]}))
+    settings = json.loads((student / "tokenizer_config.json").read_text())
+    (student / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|new|>"}))
+    larger = [f"checkpointer.checkpoint_dir={student}", *SHORT]
+    distil(tiny, tmp_path / "run", *larger)  # and its padding token is none of the teacher's
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b <|new|> c"}\n')
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "refused", *larger, f"dataset.source={tmp_path / 'rows.jsonl'}")
+    assert "line 1 of" in (message := capsys.readouterr().err)
+    assert "has the token '<|new|>' with id 2048" in message
+
+
+def test_a_gradient_that_is_no_number_is_not_applied(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", *SHORT)
+    assert "the norm of its gradient inf. The step was not applied" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_an_earlier_run_there_is_not_deleted(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = distil(tiny, tmp_path / "run", *SHORT)
+    with pytest.raises(SystemExit):
+        distil(tiny, run, *SHORT, "overwrite_output_dir=true", f"tokenizer.path={run / 'model/tokenizer.json'}")
+    assert "is part of the run in output_dir" in capsys.readouterr().err
+    assert (run / "model/tokenizer.json").is_file()
