@@ -339,8 +339,9 @@ def test_broken_start_weights(recipe: Recipe, tiny: Path, tmp_path: Path, capsys
 def test_weights_that_are_no_numbers_replace_nothing(
     recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of the last step is a number, its gradient is not: the weights break where no later loss shows it."""
+    """The loss of a step is a number, its gradient is not. Seen where it is logged, else when the weights are saved."""
     whole = recipe(tiny, tmp_path / "whole", *SHORT)
+    broken_step = 3
     clip = torch.nn.utils.clip_grad_norm_
     calls = 0
 
@@ -348,18 +349,22 @@ def test_weights_that_are_no_numbers_replace_nothing(
         nonlocal calls
         calls += 1
         parameters = list(parameters)
-        if calls == 3:
+        if calls == broken_step:
             parameters[0].grad.fill_(float("nan"))
         return clip(parameters, *args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaking)
     run = tmp_path / "run"
     message = refused(capsys, lambda: recipe(tiny, run, *SHORT, "save_every_n_steps=2"))
-    assert "not finite" in message
+    assert "norm of its gradient nan. The step was not applied" in message
     assert not (run / "model").exists()
     newest = state.latest(run)
     assert newest is not None
     assert newest.name == "step_00000002"
+    calls, broken_step = 0, 1
+    unseen = [*SHORT, "save_every_n_steps=2", "log_every_n_steps=9"]
+    assert "not finite" in refused(capsys, lambda: recipe(tiny, tmp_path / "unseen", *unseen))
+    assert state.latest(tmp_path / "unseen") is None
     monkeypatch.undo()
     recipe(tiny, run, *SHORT, "save_every_n_steps=2", "resume_from_checkpoint=true")
     tiny_runs.assert_same_run(whole, run)

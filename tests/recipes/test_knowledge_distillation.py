@@ -230,15 +230,6 @@ def test_tokens_that_only_the_student_has(tiny: Path, tmp_path: Path, capsys: py
     assert "has the token '<|new|>' with id 2048" in message
 
 
-def test_a_gradient_that_is_no_number_is_not_applied(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    with pytest.raises(SystemExit):
-        distil(tiny, tmp_path / "run", *SHORT)
-    assert "the norm of its gradient inf. The step was not applied" in capsys.readouterr().err
-
-
 def test_the_tokenizer_of_an_earlier_run_there_is_not_deleted(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
