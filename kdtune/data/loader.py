@@ -86,31 +86,37 @@ class Loader:
         return {
             "epoch": self.epoch,
             "position": self._position,
+            "step_size": self._step_size,
+            "epoch_size": self._epoch_size,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "fingerprint": self.examples.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to the place that `state_dict` described. The size of a step and of an epoch may be another one.
+        """Goes to the place that `state_dict` described. A step may be split into other micro-batches than before.
 
         Raises:
-            ValueError: the data, the seed or the shuffling changed, so that examples would be repeated or left out.
+            ValueError: the data, their order, or the size of a step or of an epoch changed: examples would be repeated
+                or left out, or the number of steps would no longer stand for as many examples.
         """
         here = self.state_dict()
-        names = {"fingerprint": "the examples (data, tokenizer or max_seq_len)", "seed": "seed", "shuffle": "shuffle"}
+        names = {
+            "fingerprint": "the examples (data, tokenizer or max_seq_len)",
+            "seed": "seed",
+            "shuffle": "shuffle",
+            "step_size": "batch_size * gradient_accumulation_steps",
+            "epoch_size": "max_steps_per_epoch (in examples)",
+        }
         for key, what in names.items():
             if state[key] != here[key]:
                 raise ValueError(
                     f"cannot continue in {self.examples.name}: {what} changed since the checkpoint ({state[key]} "
-                    f"then, {here[key]} now), so that some rows would be seen twice and others never. Restore it, or "
+                    f"then, {here[key]} now), so that some rows would be seen twice, or others never. Restore it, or "
                     "start anew with resume_from_checkpoint=false and another output_dir."
                 )
         self.epoch = state["epoch"]
         self._position = state["position"]
-        if self._position >= self._epoch_size:  # max_steps_per_epoch is lower than it was: that epoch is over
-            self.epoch += 1
-            self._position = 0
         self._order = self._order_of(self.epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:
