@@ -1,6 +1,6 @@
 """Measure how much memory the objective takes on the CPU, chunked and with all logits at once.
 
-    python scripts/measure_loss_memory.py
+    python tests/benchmarks/loss_memory.py
 
 Each line is a process of its own: forward and backward over so many labelled tokens, and by how much that raised the
 process's peak above what the hidden states and the heads themselves take.
