@@ -1,4 +1,4 @@
-"""How much memory a run will need, computed from the shapes before anything is loaded."""
+"""How much memory and disk a run will need, computed from the shapes before anything is loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ class Estimate:
     @property
     def total(self) -> int:
         return self.student + self.gradients + self.optimizer + self.teacher + self.activations + self.loss
-
-    def disk(self, keeps_checkpoints: bool) -> int:
-        """Bytes on the disk at most: the finished model, and two checkpoints while the newer replaces the older."""
-        return self.student + (2 * (self.student + self.optimizer) if keeps_checkpoints else 0)
 
     def __str__(self) -> str:
         parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
@@ -58,6 +54,13 @@ def estimate(
         activations=batch_size * seq_len * _activations_per_token(student, size, activation_checkpointing),
         loss=_loss_bytes(student, teacher, size, loss_chunk_size),
     )
+
+
+def disk(student: ModelConfig, dtype: torch.dtype, save_dtype: torch.dtype, keeps_checkpoints: bool) -> int:
+    """Bytes on the disk at most: the finished model, and two checkpoints while the newer replaces the older."""
+    weights = num_parameters(student)
+    checkpoint = 3 * weights * dtype.itemsize  # with the optimizer's two moments
+    return weights * save_dtype.itemsize + (2 * checkpoint if keeps_checkpoints else 0)
 
 
 def format_bytes(count: float) -> str:

@@ -25,11 +25,11 @@ class OptimizerConfig:
 
 @dataclass
 class LRSchedulerConfig:
-    """Warm-up from 0, then the named decay down to `min_lr_ratio` at the last step."""
+    """Warm-up, then the named decay; the step after the last would be at `min_lr_ratio`."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"  # shape of the decay
     num_warmup_steps: int = setting(100, ge=0)  # optimizer steps; 0 starts at the peak
-    min_lr_ratio: float = setting(0.0, ge=0, le=1)  # share of the peak that is left at the end; not with constant
+    min_lr_ratio: float = setting(0.0, ge=0, le=1)  # share of the peak that the decay ends at; not with constant
 
     def __post_init__(self) -> None:
         if self.name == "constant" and self.min_lr_ratio != 0:

@@ -219,7 +219,8 @@ def check(cfg: Config) -> Inputs:
         activation_checkpointing=cfg.enable_activation_checkpointing,
         loss_chunk_size=cfg.loss_chunk_size,
     )
-    preflight.check_disk_space(output_dir, estimate.disk(keeps_checkpoints=cfg.save_every_n_steps > 0))
+    save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
+    preflight.check_disk_space(output_dir, memory.disk(model, dtype, save_dtype, cfg.save_every_n_steps > 0))
 
     examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
     examples_val = cfg.dataset_val and data.load(

@@ -257,7 +257,8 @@ def check(cfg: Config) -> Inputs:
         activation_checkpointing=cfg.enable_activation_checkpointing,
         loss_chunk_size=cfg.loss_chunk_size,
     )
-    preflight.check_disk_space(output_dir, estimate.disk(keeps_checkpoints=cfg.save_every_n_steps > 0))
+    save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
+    preflight.check_disk_space(output_dir, memory.disk(student, dtype, save_dtype, cfg.save_every_n_steps > 0))
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
     examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
