@@ -13,6 +13,7 @@ import difflib
 import inspect
 import io
 import json
+import os
 import re
 import textwrap
 import tokenize
@@ -45,6 +46,7 @@ def setting(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    path: bool = False,
 ) -> Any:
     """A field of a config dataclass, with the range of values that it takes.
 
@@ -53,9 +55,11 @@ def setting(
             for a section it is its dataclass.
         gt: the value must be greater than this; `ge`, `lt` and `le` likewise. Elements of a list are held to it
             one by one; null is always in range.
+        path: the value is a place on the disk: a `~` at its start becomes the home folder. The shell leaves it alone
+            behind `key=`.
     """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata = {"bounds": {name: bound for name, bound in bounds.items() if bound is not None}, "path": path}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -164,6 +168,7 @@ class _Field:
     type: Any  # without the `| None`
     optional: bool
     bounds: Mapping[str, float]
+    is_path: bool
 
     @property
     def section(self) -> Any:
@@ -203,7 +208,8 @@ def _fields(schema: Any) -> dict[str, _Field]:
             rest = tuple(arg for arg in typing.get_args(hint) if arg is not type(None))
             inner = rest[0] if len(rest) == 1 else typing.Union[rest]  # noqa: UP007 (built from a tuple)
         optional = inner is not hint and type(None) in typing.get_args(hint)
-        fields[field.name] = _Field(field.name, inner, optional, field.metadata)
+        bounds, is_path = field.metadata.get("bounds", {}), field.metadata.get("path", False)
+        fields[field.name] = _Field(field.name, inner, optional, bounds, is_path)
     return fields
 
 
@@ -307,6 +313,8 @@ def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: st
             reading.problems.append(f"unknown setting {key}{reading.origin}. {_nearest(key, reading.schema)}")
             continue
         value = _parse(given, field)
+        if field.is_path and isinstance(value, str):
+            value = os.path.expanduser(value)
         refusal = _refusal(value, field)
         if refusal is None and field.section and isinstance(value, Mapping):
             if not OmegaConf.is_interpolation(node, name):

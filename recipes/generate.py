@@ -26,7 +26,7 @@ class Config:
     """Every setting of this recipe."""
 
     prompt: str | None = None  # text to continue, or with chat=true the user's turn
-    prompts_file: str | None = None  # a text file with one prompt per line, instead of prompt
+    prompts_file: str | None = setting(None, path=True)  # a text file with one prompt per line, instead of prompt
     chat: bool = False  # put each prompt into the model's chat template
     system_prompt: str | None = None  # first turn of the chat; null: none
 
@@ -42,7 +42,7 @@ class Config:
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of the weights
-    output_file: str | None = None  # also write {"prompt", "continuation"} as JSON lines here; null: only print
+    output_file: str | None = setting(None, path=True)  # JSON lines {"prompt", "continuation"} go here, too; null: none
 
 
 def main(cfg: Config) -> None:

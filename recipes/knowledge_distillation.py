@@ -87,7 +87,7 @@ class Config:
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
 
-    output_dir: str = MISSING  # metrics, checkpoints and the finished student go here
+    output_dir: str = setting(MISSING, path=True)  # metrics, checkpoints and the finished student go here
     save_dtype: devices.Dtype | None = None  # of the finished student's weights; null: dtype
     save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
     resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint

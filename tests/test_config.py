@@ -125,6 +125,21 @@ def test_override(override: str, value: object) -> None:
     assert type(found) is type(value)
 
 
+def test_home(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind `key=` a shell leaves `~` as it is."""
+
+    @dataclass
+    class Places:
+        folder: str = setting(MISSING, path=True)
+        name: str = "x"
+
+    monkeypatch.setenv("HOME", "/home/kd")
+    assert config.load(Places, None, ["folder=~/a~b", "name=~/a"]) == Places("/home/kd/a~b", "~/a")
+    assert config.load(Places, write("folder: ~/runs\nname: ~/${folder}"), []) == Places(
+        "/home/kd/runs", "~//home/kd/runs"
+    )
+
+
 def test_negative_number() -> None:
     @dataclass
     class Signed:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdtune.checkpoint.huggingface import check_files, load_model, read_config, select_layers
-from kdtune.config import MISSING
+from kdtune.config import MISSING, setting
 from kdtune.models import Decoder, from_hf_config
 
 
@@ -15,7 +15,7 @@ from kdtune.models import Decoder, from_hf_config
 class CheckpointerConfig:
     """Where a model comes from."""
 
-    checkpoint_dir: str = MISSING  # Hugging Face folder: config.json, *.safetensors, tokenizer
+    checkpoint_dir: str = setting(MISSING, path=True)  # Hugging Face folder: config.json, *.safetensors, tokenizer
 
 
 @dataclass

@@ -45,7 +45,7 @@ def read(
         ValueError: rows that cannot be read; the message says where.
     """
     name, part = _parse_split(split)
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         if subset is not None:
             raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")

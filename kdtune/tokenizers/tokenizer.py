@@ -27,7 +27,7 @@ _PLACEHOLDER = re.compile(rb"reserved|unused|extra_id|placeholder", re.IGNORECAS
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # folder or file of the tokenizer; null: the student's checkpoint folder
+    path: str | None = setting(None, path=True)  # tokenizer's folder or file; null: the student's checkpoint folder
     max_seq_len: int = setting(2048, gt=0)  # tokens a row may have as input; longer rows are truncated
 
 
