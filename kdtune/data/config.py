@@ -8,9 +8,7 @@ from kdtune.config import MISSING, setting
 
 @dataclass
 class DatasetConfig:
-    source: str = setting(
-        MISSING, path=True
-    )  # file or folder of json, jsonl, csv, parquet, txt; or owner/name on the hub
+    source: str = setting(MISSING, path=True)  # file, folder (json, jsonl, csv, parquet, txt) or owner/name on the hub
     format: Literal["instruct", "chat", "completion", "text"] = "instruct"  # what the rows are, see docs/data.md
     split: str | None = None  # split, part of it, or both: test, train[:90%], [90%:], [:1000]; null: train, all of it
     name: str | None = None  # subset (configuration) of a hub data set; null: its default one
