@@ -92,8 +92,8 @@ def main(cfg: Config) -> None:
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_model(folder: Path, dtype: torch.dtype | None = None) -> None:
-        source = inputs.tokenizer_path
-        checkpoint.save_model(model, folder, config=inputs.model_config, source=source, dtype=dtype)
+        companions = inputs.companions
+        checkpoint.save_model(model, folder, config=inputs.model_config, companions=companions, dtype=dtype)
 
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, write_model, optimizer=optimizer, loader=inputs.loader
@@ -176,7 +176,7 @@ class Inputs:
     dtype: torch.dtype
     model_config: dict[str, Any]  # the model's config.json
     tokenizer: tokenizers.Tokenizer
-    tokenizer_path: str
+    companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader
     val_batches: list[data.Batch]  # empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
@@ -205,6 +205,7 @@ def check(cfg: Config) -> Inputs:
     model = models.from_hf_config(model_config)
 
     tokenizer = tokenizers.load(tokenizer_path)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
     preflight.check_vocabulary(tokenizer, model, "model")
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
@@ -235,15 +236,15 @@ def check(cfg: Config) -> Inputs:
         shuffle=cfg.shuffle,
         seed=cfg.seed,
     )
+    if resume_from is not None:
+        checkpoint.check_resume(resume_from, loader)
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
 
     print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
     print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(
-        run_device, dtype, model_config, tokenizer, tokenizer_path, loader, val_batches, num_steps, resume_from
-    )
+    return Inputs(run_device, dtype, model_config, tokenizer, companions, loader, val_batches, num_steps, resume_from)
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:

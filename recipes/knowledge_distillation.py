@@ -116,8 +116,8 @@ def main(cfg: Config) -> None:
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
-        source = inputs.tokenizer_path
-        checkpoint.save_model(student, folder, config=inputs.student_config, source=source, dtype=dtype)
+        companions = inputs.companions
+        checkpoint.save_model(student, folder, config=inputs.student_config, companions=companions, dtype=dtype)
 
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, write_student, optimizer=optimizer, loader=inputs.loader
@@ -210,7 +210,7 @@ class Inputs:
     dtype: torch.dtype
     student_config: dict[str, Any]  # the student's config.json
     tokenizer: tokenizers.Tokenizer
-    tokenizer_path: str
+    companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader
     val_batches: list[data.Batch]  # empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
@@ -241,8 +241,8 @@ def check(cfg: Config) -> Inputs:
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
 
     tokenizer = tokenizers.load(tokenizer_path)
-    teacher_tokenizer = tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir)
-    preflight.check_pair(tokenizer, teacher_tokenizer, student, teacher)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
+    preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, model in (("student", student), ("teacher", teacher)):
         preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
@@ -274,6 +274,8 @@ def check(cfg: Config) -> Inputs:
         shuffle=cfg.shuffle,
         seed=cfg.seed,
     )
+    if resume_from is not None:
+        checkpoint.check_resume(resume_from, loader)
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
 
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
@@ -281,9 +283,7 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
     print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(
-        run_device, dtype, student_config, tokenizer, tokenizer_path, loader, val_batches, num_steps, resume_from
-    )
+    return Inputs(run_device, dtype, student_config, tokenizer, companions, loader, val_batches, num_steps, resume_from)
 
 
 def objective(

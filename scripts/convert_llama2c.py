@@ -34,7 +34,7 @@ def convert(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     hf_config, weights = read_llama2c(checkpoint)
     model = Decoder(from_hf_config(hf_config))
     model.load_state_dict(weights)
-    save_model(model, folder, config=hf_config, source=None)
+    save_model(model, folder, config=hf_config)
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     _write(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **tokens})

@@ -37,7 +37,7 @@ def write_model(folder: Path, seed: int, **config: Any) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     model = checkpoint.load_model(folder, dtype=torch.float32, device="cpu", random_weights=True, seed=seed)
-    checkpoint.save_model(model, folder, config=config, source=TEACHER_ASSETS)
+    checkpoint.save_model(model, folder, config=config, companions=checkpoint.read_companions(TEACHER_ASSETS))
     return folder
 
 

@@ -19,10 +19,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes, as the hub recommends
 
-# What belongs to a checkpoint besides weights and config.json; copied as it is.
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# What belongs to a checkpoint besides weights and config.json; it travels as it is.
+GENERATION_CONFIG = "generation_config.json"
+_PAIR = ("vocab.json", "merges.txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", *_PAIR)
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -178,7 +180,7 @@ def save_model(
     folder: str | Path,
     *,
     config: Mapping[str, Any],
-    source: str | Path | None,
+    companions: Mapping[str, bytes] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
@@ -188,7 +190,7 @@ def save_model(
         model: what to write.
         folder: new or empty; made if need be.
         config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced.
-        source: folder (or tokenizer's file) from which tokenizer and generation config are copied. None: from none.
+        companions: other files of the folder, by name, as from `read_companions`.
         dtype: of the written weights. None: as they are in memory.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
 
@@ -200,8 +202,9 @@ def save_model(
     assert from_hf_config(config) == model.config, "config describes another model"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if source is not None:
-        copy_companions(source, folder)
+    for name, content in (companions or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise FloatingPointError(
@@ -226,28 +229,30 @@ def save_model(
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def copy_companions(source: str | Path, folder: str | Path) -> None:
-    """Copy the tokenizer with its settings, and the generation config, as far as they exist.
+def read_companions(folder: str | Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:
+    """What belongs beside a model's weights: the tokenizer with its settings, and the generation config.
+
+    Read at the start of a run, so that a folder which is gone at its end does not leave a model without a tokenizer.
 
     Args:
-        source: a checkpoint folder; or a tokenizer's file, whose settings lie beside it. That file gets the name by
-            which a folder's tokenizer is found.
-        folder: where to.
+        folder: checkpoint of the model.
+        tokenizer: another folder for the tokenizer; or a tokenizer's file, whose settings lie beside it. That file gets
+            the name by which a folder's tokenizer is found.
+
+    Returns:
+        Contents by the name of the file, as far as the files exist.
     """
-    source, folder = Path(source), Path(folder)
+    source = Path(tokenizer or folder)
     beside = source.parent if source.is_file() else source
-    names = [*VOCABULARIES, *COMPANIONS]
-    if source.is_file():
-        names = ["vocab.json", "merges.txt", *COMPANIONS]
-        if source.name not in names:
-            names = [*COMPANIONS]
-            shutil.copyfile(source, folder / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
-    for name in names:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
-    for template in sorted((beside / "additional_chat_templates").glob("*.jinja")):
-        (folder / template.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(template, folder / template.parent.name / template.name)
+    if source.is_file() and source.name not in _PAIR:
+        files = {"tokenizer.json" if source.suffix == ".json" else "tokenizer.model": source}
+    else:
+        files = {name: beside / name for name in (_PAIR if source.is_file() else VOCABULARIES)}
+    files |= {name: beside / name for name in COMPANIONS}
+    files |= {f"{path.parent.name}/{path.name}": path for path in beside.glob("additional_chat_templates/*.jinja")}
+    if (Path(folder) / GENERATION_CONFIG).is_file():  # of the model, not of the tokenizer
+        files[GENERATION_CONFIG] = Path(folder) / GENERATION_CONFIG
+    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -86,6 +86,15 @@ def latest(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def check_resume(resume_from: Path, loader: Stateful) -> None:
+    """Put the loader where the run stopped, which refuses other data, before models and moments are read.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or is of a run with other data.
+    """
+    loader.load_state_dict(_read_state(resume_from, mmap=True)["loader"])
+
+
 class Run:
     """The state of a training run: where it stands, and how it gets to the disk and back."""
 
@@ -176,9 +185,9 @@ def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         # Without torch's own words, which advise to let the file run code.
         raise ValueError(

@@ -17,11 +17,11 @@ from kdtune.checkpoint import (
     check_files,
     check_start,
     load_model,
+    read_companions,
     read_config,
     save_model,
     select_layers,
 )
-from kdtune.checkpoint.huggingface import copy_companions
 from kdtune.checkpoint.weights import read_header
 from kdtune.models import Decoder, from_hf_config
 
@@ -49,7 +49,9 @@ def sharded(hf_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """The tiny Llama in many shards."""
     source = hf_folder("llama")
     folder = tmp_path / "sharded"
-    save_model(load(source), folder, config=read_config(source), source=source, max_shard_size=40_000)
+    save_model(
+        load(source), folder, config=read_config(source), companions=read_companions(source), max_shard_size=40_000
+    )
     return folder
 
 
@@ -60,7 +62,9 @@ def test_saved_folder_is_the_same_model(
     transformers = pytest.importorskip("transformers")
     source, folder = hf_folder(variant), tmp_path / "saved"
     model = load(source)
-    save_model(model, folder, config=read_config(source), source=source, max_shard_size=max_shard_size)
+    save_model(
+        model, folder, config=read_config(source), companions=read_companions(source), max_shard_size=max_shard_size
+    )
 
     again = load(folder).state_dict()
     assert again.keys() == model.state_dict().keys()
@@ -80,7 +84,7 @@ def test_config_keeps_what_it_does_not_know_and_its_own_name_for_dtype(
     model = load(source, torch.bfloat16)
     for config, key in (({"dtype": "float32"}, "dtype"), ({"torch_dtype": "float32"}, "torch_dtype"), ({}, "dtype")):
         base = {k: v for k, v in read_config(source).items() if k != "dtype"} | {"their_own": [1]}
-        save_model(model, tmp_path / "saved", config=base | config, source=None)
+        save_model(model, tmp_path / "saved", config=base | config)
         assert read_config(tmp_path / "saved") == base | {key: "bfloat16"}
 
 
@@ -88,7 +92,7 @@ def test_companions_travel_along(hf_folder: Callable[..., Path], tmp_path: Path)
     source = hf_folder("llama")
     for name in ("tokenizer.json", "chat_template.jinja", "training_state.pt"):
         (source / name).write_text(name)
-    save_model(load(source), tmp_path / "saved", config=read_config(source), source=source)
+    save_model(load(source), tmp_path / "saved", config=read_config(source), companions=read_companions(source))
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -113,18 +117,26 @@ def test_a_tokenizer_file_travels_with_its_settings(given: str, found: list[str]
     (tmp_path / "source/additional_chat_templates").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", given, *settings):
         (tmp_path / "source" / name).write_text(name)
-    (tmp_path / "to").mkdir()
-    copy_companions(tmp_path / "source" / given, tmp_path / "to")
-    copied = sorted(path for path in (tmp_path / "to").rglob("*") if path.is_file())
-    assert [path.relative_to(tmp_path / "to").as_posix() for path in copied] == sorted([*found, *settings])
+    (tmp_path / "model").mkdir()
+    companions = read_companions(tmp_path / "model", tmp_path / "source" / given)
+    assert sorted(companions) == sorted([*found, *settings])
     if len(found) == 1:
-        assert (tmp_path / "to" / found[0]).read_text() == given
+        assert companions[found[0]].decode() == given
+
+
+def test_the_generation_config_is_the_models_own(tmp_path: Path) -> None:
+    for folder in ("model", "tokenizer"):
+        (tmp_path / folder).mkdir()
+        for name in ("tokenizer.json", "generation_config.json"):
+            (tmp_path / folder / name).write_text(folder)
+    companions = read_companions(tmp_path / "model", tmp_path / "tokenizer")
+    assert companions == {"tokenizer.json": b"tokenizer", "generation_config.json": b"model"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
 def test_weights_are_as_readable_as_the_config(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = hf_folder("llama")
-    save_model(load(source), tmp_path / "saved", config=read_config(source), source=None)
+    save_model(load(source), tmp_path / "saved", config=read_config(source))
     config, weights = tmp_path / "saved/config.json", tmp_path / "saved/model.safetensors"
     assert weights.stat().st_mode == config.stat().st_mode
 
@@ -155,7 +167,7 @@ def test_keep_layers_picks_and_renumbers(hf_folder: Callable[..., Path], tmp_pat
     model = load(source, keep_layers=[0, 2])
     assert model.config == from_hf_config(config)
     assert model.config.windows == (4, 4)
-    save_model(model, tmp_path / "saved", config=config, source=source)
+    save_model(model, tmp_path / "saved", config=config, companions=read_companions(source))
 
     original = transformers.AutoModelForCausalLM.from_pretrained(source)
     layers = original.model.layers
@@ -192,7 +204,7 @@ def test_keep_layers_of_a_family_that_is_not_here(tmp_path: Path) -> None:
 def test_shards_are_measured_as_they_are_written(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = hf_folder("llama")
     model = load(source, dtype=torch.bfloat16)
-    save_model(model, tmp_path, config=read_config(source), source=None, dtype=torch.float32, max_shard_size=100_000)
+    save_model(model, tmp_path, config=read_config(source), dtype=torch.float32, max_shard_size=100_000)
     assert all(shard.stat().st_size < 110_000 for shard in tmp_path.glob("*.safetensors"))
 
 
@@ -373,7 +385,7 @@ def test_peak_host_memory_is_the_model(stored: str, wanted: str, tmp_path: Path)
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load(tmp_path, getattr(torch, stored), random_weights=True)
-    save_model(model, tmp_path, config=config, source=None)
+    save_model(model, tmp_path, config=config)
     del model
     command = [sys.executable, "-c", MEASURE, str(tmp_path), wanted]
     ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

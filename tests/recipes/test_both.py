@@ -454,9 +454,11 @@ def test_validation_may_come_and_steps_may_go_when_resuming(
 
 
 def test_resuming_with_another_architecture_is_refused(
-    recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = recipe(tiny, tmp_path / "run", *SHORT, "save_every_n_steps=2")
+    monkeypatch.setattr(checkpoint, "load_model", None)  # refused before a weight is read
+    monkeypatch.setattr(checkpoint, "load_start", None)
     other = [f"checkpointer.checkpoint_dir={tiny / 'teacher'}", "epochs=2", "resume_from_checkpoint=true"]
     message = refused(capsys, lambda: recipe(tiny, run, *other))
     assert "step_00000003" in message
@@ -464,9 +466,11 @@ def test_resuming_with_another_architecture_is_refused(
 
 
 def test_resuming_with_other_rows_is_refused(
-    recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = recipe(tiny, tmp_path / "run", *SHORT, "save_every_n_steps=2")
+    monkeypatch.setattr(checkpoint, "load_model", None)  # refused before a weight is read
+    monkeypatch.setattr(checkpoint, "load_start", None)
     other = ["dataset.split=[:8]", "epochs=3", "resume_from_checkpoint=true"]
     assert "cannot continue in dataset" in refused(capsys, lambda: recipe(tiny, run, *other))
     assert len(tiny_runs.lines(run)) == 3, "nothing of the run is lost"

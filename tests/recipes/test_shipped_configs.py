@@ -194,7 +194,7 @@ def test_step(name: str, workplace: Path) -> None:
         Path(folder, "config.json").write_text(json.dumps(config))
         write_tokenizer(Path(folder), hub_name)
         model = checkpoint.load_model(folder, dtype=torch.bfloat16, device="cpu", random_weights=True, seed=seed)
-        checkpoint.save_model(model, folder, config=config, source=None)
+        checkpoint.save_model(model, folder, config=config)
         del model
     write_rows(workplace / "rows.jsonl", 50)
     overrides = ["dataset.source=rows.jsonl", "device=cpu", "tokenizer.max_seq_len=256"]
