@@ -13,6 +13,7 @@ import difflib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import textwrap
@@ -437,13 +438,14 @@ def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: lis
         problems.append(f"{key} wants {field.wanted()}, got {_show(written)}: {reason}.")
         return
     for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, (int, float)) and not all(_holds(item, *bound) for bound in field.bounds.items()):
+        if isinstance(item, float) and not math.isfinite(item):
+            problems.append(f"{key} must be a finite number, got {_show(item)}.")
+        elif isinstance(item, (int, float)) and not all(_holds(item, *bound) for bound in field.bounds.items()):
             limits = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in field.bounds.items())
             problems.append(f"{key} must be {limits}, got {_show(item)}.")
 
 
 def _holds(value: float, bound: str, limit: float) -> bool:
-    # Written so that NaN holds no bound.
     return {"gt": value > limit, "ge": value >= limit, "lt": value < limit, "le": value <= limit}[bound]
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,6 @@ def main(cfg: Config) -> None:
         models.enable_activation_checkpointing(model)
 
     optimizer = optim.build_optimizer(model, cfg.optimizer)
-    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_model(folder: Path, dtype: torch.dtype | None = None) -> None:
         companions = inputs.companions
@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
                     raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
-                    "lr": lr_schedule(step),
+                    "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -138,7 +138,7 @@ def main(cfg: Config) -> None:
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
 
-            optim.set_lr(optimizer, lr_schedule(step))
+            optim.set_lr(optimizer, inputs.lr_schedule(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
@@ -180,6 +180,7 @@ class Inputs:
     loader: data.Loader
     val_batches: list[data.Batch]  # empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
+    lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
 
 
@@ -239,12 +240,24 @@ def check(cfg: Config) -> Inputs:
     if resume_from is not None:
         checkpoint.check_resume(resume_from, loader)
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, num_steps)
 
     print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
     print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(run_device, dtype, model_config, tokenizer, companions, loader, val_batches, num_steps, resume_from)
+    return Inputs(
+        device=run_device,
+        dtype=dtype,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        companions=companions,
+        loader=loader,
+        val_batches=val_batches,
+        num_steps=num_steps,
+        lr_schedule=lr_schedule,
+        resume_from=resume_from,
+    )
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:

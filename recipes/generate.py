@@ -109,6 +109,8 @@ def check(cfg: Config) -> Inputs:
         raise ValueError("system_prompt is a turn of a chat: give chat=true with it, or put the text into the prompt.")
     if (cfg.prompt is None) == (cfg.prompts_file is None):
         raise ValueError("Give prompt=... (one text) or prompts_file=... (one prompt per line), and not both.")
+    if cfg.output_file is not None and cfg.output_file == cfg.prompts_file:
+        raise ValueError(f"output_file and prompts_file are both {cfg.output_file}: results would replace the prompts.")
     if cfg.output_file is not None and not Path(cfg.output_file).absolute().parent.is_dir():
         raise FileNotFoundError(f"output_file={cfg.output_file} is in a folder that does not exist. Make it first.")
     prompts = [cfg.prompt] if cfg.prompt is not None else read_prompts(cfg.prompts_file or "")

@@ -22,7 +22,7 @@ import itertools
 import math
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,6 @@ def main(cfg: Config) -> None:
         models.enable_activation_checkpointing(student)
 
     optimizer = optim.build_optimizer(student, cfg.optimizer)
-    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, inputs.num_steps)
 
     def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
         companions = inputs.companions
@@ -158,7 +157,7 @@ def main(cfg: Config) -> None:
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
-                    "lr": lr_schedule(step),
+                    "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
@@ -168,7 +167,7 @@ def main(cfg: Config) -> None:
                 shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
                 bar.set_postfix_str(shown.format(**values), refresh=False)
 
-            optim.set_lr(optimizer, lr_schedule(step))
+            optim.set_lr(optimizer, inputs.lr_schedule(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
@@ -214,6 +213,7 @@ class Inputs:
     loader: data.Loader
     val_batches: list[data.Batch]  # empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
+    lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
 
 
@@ -277,13 +277,25 @@ def check(cfg: Config) -> Inputs:
     if resume_from is not None:
         checkpoint.check_resume(resume_from, loader)
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, num_steps)
 
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
     print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(run_device, dtype, student_config, tokenizer, companions, loader, val_batches, num_steps, resume_from)
+    return Inputs(
+        device=run_device,
+        dtype=dtype,
+        student_config=student_config,
+        tokenizer=tokenizer,
+        companions=companions,
+        loader=loader,
+        val_batches=val_batches,
+        num_steps=num_steps,
+        lr_schedule=lr_schedule,
+        resume_from=resume_from,
+    )
 
 
 def objective(
@@ -331,30 +343,18 @@ def evaluate(
 
 
 def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> None:
-    """Warn if the teacher knows hardly more than a uniform guess: its weights are then not what they should be."""
+    """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
     first_batch = itertools.islice(data.batches(inputs.loader.examples, cfg.batch_size), 1)
     values = evaluate(cfg, inputs, first_batch, student, teacher)
-    teacher_ce, uniform = values["val_teacher_ce_loss"], math.log(teacher.model.config.vocab_size)
-    print(
-        f"teacher check on {cfg.batch_size} rows: ce {teacher_ce:.3f} (a uniform guess: {uniform:.3f}), "
-        f"KL(teacher, student) {values['val_kd_loss']:.3f}"
-    )
-    # Fresh weights come out a little above or below the guess. Written so that NaN is called out, too.
-    if not teacher_ce < 0.95 * uniform:
-        print(
-            f"WARNING: the teacher predicts the labels no better than a uniform guess ({teacher_ce:.3f} against "
-            f"{uniform:.3f} nats), so a student learns noise from it. Is {cfg.teacher_checkpointer.checkpoint_dir} "
-            "trained, and for this kind of text?"
-        )
+    print(f"teacher check on {cfg.batch_size} rows: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
+    print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
 
 
 def closing_table(before: dict[str, float], after: dict[str, float]) -> str:
     """Student before and after, and the teacher, on the validation rows."""
-    rows = [
-        ("student before", before["val_ce_loss"], before["val_kd_loss"], before["val_agreement"]),
-        ("student after", after["val_ce_loss"], after["val_kd_loss"], after["val_agreement"]),
-        ("teacher", after["val_teacher_ce_loss"], 0.0, 1.0),
-    ]
+    keys = ("val_ce_loss", "val_kd_loss", "val_agreement")
+    rows = {"student before": [before[key] for key in keys], "student after": [after[key] for key in keys]}
+    rows["teacher"] = [after["val_teacher_ce_loss"], 0.0, 1.0]
     lines = [f"{'validation':<16}{'ce':>8}{'KL to teacher':>16}{'top-1 agreement':>18}"]
-    lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, ce, kl, agreement in rows]
+    lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, (ce, kl, agreement) in rows.items()]
     return "\n".join(lines)

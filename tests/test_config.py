@@ -197,7 +197,7 @@ def test_defaults_are_not_shared() -> None:
         ("optimizer=null", "optimizer wants section, got null."),
         ("batch_size=0", "batch_size must be > 0, got 0."),
         ("kd_ratio=1.5", "kd_ratio must be >= 0 and <= 1, got 1.5."),
-        ("kd_ratio=nan", "kd_ratio must be >= 0 and <= 1, got NaN."),
+        ("kd_ratio=nan", "kd_ratio must be a finite number, got NaN."),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas must be >= 0 and < 1, got 1.0."),
         ("name=${output_dirr}", 'name="${output_dirr}" leads nowhere. Did you mean output_dir?'),
         ("name=${dataset_val.source}", "It lies in a section that is null."),

@@ -181,6 +181,7 @@ def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
         folder.rename(replaced)
     aside.rename(folder)
     _flush(folder.parent)
+    _flush(folder.parent.parent)  # which may have got a new folder, too
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
 

@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(_help(call, module)))
         return
     cfg = recipe.settings(module, call)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code that it came from
     if call.options.dry_run:
         module.check(cfg)
         print("Dry run: everything is in order, nothing was trained.")
