@@ -385,6 +385,8 @@ def _advice(key: str, value: Any, field: _Field) -> str:
         return f"Write {key}=[{value}] for a list of one."
     if field.type == list[str] and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return "Put quotes around each text that has a colon in it."
+    if field.is_map and isinstance(value, Mapping) and None in value.values():
+        return "Write a space behind each colon: {a: b}."
     return ""
 
 

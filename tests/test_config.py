@@ -190,6 +190,7 @@ def test_defaults_are_not_shared() -> None:
         ("dataset.format=chatt", 'dataset.format wants one of instruct, chat, got "chatt". Did you mean chat?'),
         ("dataset.column_map={a: {b: c}}", "dataset.column_map wants dict[str, str]"),
         ("dataset.column_map=[1]", "dataset.column_map wants dict[str, str], got [1]."),
+        ("dataset.column_map={output:answer}", "Write a space behind each colon: {a: b}."),
         ("optimizer.betas=0.9", "Write optimizer.betas=[0.9] for a list of one."),
         ("stop=[Question: Tom]", "Put quotes around each text that has a colon in it."),
         ("stop=[[a]]", "stop wants list[str] or null"),
