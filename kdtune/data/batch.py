@@ -46,7 +46,7 @@ def count_labels(batches: Sequence[Batch]) -> int:
     return sum(batch.num_labels for batch in batches)
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> Batch:
+def collate(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int = 0) -> Batch:
     """Pads rows on the right, to the longest of them.
 
     Args:

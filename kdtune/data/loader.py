@@ -32,7 +32,6 @@ class Loader:
         max_steps_per_epoch: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
-        pad_id: int = 0,
     ) -> None:
         """
         Args:
@@ -42,7 +41,6 @@ class Loader:
             max_steps_per_epoch: steps after which an epoch ends early, leaving its other examples out; None: none is.
             shuffle: a new order for each epoch; False: as read.
             seed: >= 0.
-            pad_id: id that fills the rows: any that the models have, since it changes nothing.
         """
         if len(examples) == 0:
             raise ValueError(f"{examples.name} has no examples.")
@@ -51,7 +49,6 @@ class Loader:
         self._step_size = batch_size * gradient_accumulation_steps
         self._shuffle = shuffle
         self._seed = seed
-        self._pad_id = pad_id
         whole = len(examples)
         self._epoch_size = min(whole, (max_steps_per_epoch or whole) * self._step_size)  # examples of an epoch
         self._position = 0  # examples of this epoch that were dealt out
@@ -77,7 +74,7 @@ class Loader:
             self._order = self._order_of(self.epoch)
         chosen.sort(key=self.examples.length, reverse=True)
         return [
-            collate([self.examples[i] for i in chosen[start : start + self._batch_size]], self._pad_id)
+            collate([self.examples[i] for i in chosen[start : start + self._batch_size]])
             for start in range(0, len(chosen), self._batch_size)
         ]
 
@@ -125,7 +122,7 @@ class Loader:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.examples))
 
 
-def batches(examples: Examples, batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
+def batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
     """All examples once, in the order in which they were read: for validation."""
     for start in range(0, len(examples), batch_size):
-        yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))], pad_id)
+        yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])

@@ -42,7 +42,6 @@ class Tokenizer:
             decides; else what tokenizer.json's post-processor does; else a sentencepiece or tiktoken model adds it.
         eos_ids: end a text: first the tokenizer's own (it is the one to append), then those of generation_config.json,
             at any of which generation stops. Empty if there is none.
-        pad_id: fills rows; the eos if the folder names no padding token (no padding is ever scored or attended to).
         special_ids: ids that are no text, left out by `decode`.
     """
 
@@ -63,7 +62,6 @@ class Tokenizer:
         eos_id = _first(named.get("eos_token"), own.get("eos"))
         candidates = ([] if eos_id is None else [eos_id]) + [id for id in settings.eos_ids if id in self._pieces]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(candidates))
-        self.pad_id: int = _first(named.get("pad_token"), *self.eos_ids, 0) or 0
         adds_bos = backend.adds_bos if settings.add_bos is None else settings.add_bos
         self.adds_bos = adds_bos and self.bos_id is not None
         self.special_ids = backend.special | {id for id in (self.bos_id, *self.eos_ids) if id is not None}

@@ -42,7 +42,6 @@ def test_an_epoch_holds_each_example_once(shuffle: bool, batch_size: int, accumu
         gradient_accumulation_steps=accumulation,
         shuffle=shuffle,
         seed=3,
-        pad_id=PAD,
     )
     orders = []
     for epoch in range(3):
@@ -59,7 +58,7 @@ def test_an_epoch_holds_each_example_once(shuffle: bool, batch_size: int, accumu
 
 def test_resuming_anywhere_in_two_epochs_equals_going_on() -> None:
     def loader() -> Loader:
-        return Loader(make_examples(), batch_size=2, gradient_accumulation_steps=2, seed=5, pad_id=PAD)
+        return Loader(make_examples(), batch_size=2, gradient_accumulation_steps=2, seed=5)
 
     uninterrupted = loader()
     steps = [uninterrupted.next_step() for _ in range(2 * uninterrupted.steps_per_epoch)]
@@ -163,7 +162,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_batches_go_in_order() -> None:
-    found = list(data.batches(make_examples(), 4, PAD))
+    found = list(data.batches(make_examples(), 4))
     assert [len(batch.tokens) for batch in found] == [4, 4, 3]
     assert seen(found) == list(range(11))
 
