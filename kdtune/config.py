@@ -316,6 +316,9 @@ def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: st
         value = _parse(given, field)
         if field.is_path and isinstance(value, str):
             value = os.path.expanduser(value)
+            if not value:
+                reading.problems.append(f"{key} is a place on the disk and cannot be empty{reading.origin}.")
+                continue
         refusal = _refusal(value, field)
         if refusal is None and field.section and isinstance(value, Mapping):
             if not OmegaConf.is_interpolation(node, name):
@@ -382,7 +385,7 @@ def _advice(key: str, value: Any, field: _Field) -> str:
     if value == "":
         return "Write null for no value." if field.optional else ""
     if typing.get_origin(field.type) is list and isinstance(value, (str, int, float)):
-        return f"Write {key}=[{value}] for a list of one."
+        return f"Write {key}=[{value}] for a list."
     if field.type == list[str] and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return "Put quotes around each text that has a colon in it."
     if field.is_map and isinstance(value, Mapping) and None in value.values():

@@ -124,7 +124,10 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
     """A bar over optimizer steps: done, left, time left; `set_postfix` adds the numbers of the step."""
     # In a log file each refresh is a line: one in half a minute is enough there.
     interval = 0.1 if sys.stdout.isatty() else 30.0
-    return tqdm(total=total, initial=initial, unit="step", mininterval=interval, dynamic_ncols=True, file=sys.stdout)
+    shown = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+    return tqdm(
+        total=total, initial=initial, mininterval=interval, dynamic_ncols=True, file=sys.stdout, bar_format=shown
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

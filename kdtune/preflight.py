@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,11 +100,14 @@ def check_disk_space(folder: Path, needed: int) -> None:
         needed: bytes.
 
     Raises:
+        PermissionError: nothing can be written there.
         ValueError: gives needed and free bytes.
     """
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir {folder}: {existing} is not writable for you. Choose another output_dir.")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(

@@ -274,15 +274,14 @@ def check(cfg: Config) -> Inputs:
         shuffle=cfg.shuffle,
         seed=cfg.seed,
     )
-    if resume_from is not None:
-        checkpoint.check_resume(resume_from, loader)
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    done = checkpoint.check_resume(resume_from, loader, num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, num_steps)
 
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
-    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}")
+    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}, {done} done")
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
     return Inputs(
         device=run_device,

@@ -191,7 +191,7 @@ def test_defaults_are_not_shared() -> None:
         ("dataset.column_map={a: {b: c}}", "dataset.column_map wants dict[str, str]"),
         ("dataset.column_map=[1]", "dataset.column_map wants dict[str, str], got [1]."),
         ("dataset.column_map={output:answer}", "Write a space behind each colon: {a: b}."),
-        ("optimizer.betas=0.9", "Write optimizer.betas=[0.9] for a list of one."),
+        ("optimizer.betas=0.9", "Write optimizer.betas=[0.9] for a list."),
         ("stop=[Question: Tom]", "Put quotes around each text that has a colon in it."),
         ("stop=[[a]]", "stop wants list[str] or null"),
         ("optimizer=adamw", "Set the values inside: optimizer.lr, optimizer.betas"),

@@ -33,7 +33,9 @@ class Stateful(Protocol):
 
 
 STATE_FILE = "training_state.pt"
-_WRITTEN = ("checkpoints", "model", "tensorboard", "metrics.jsonl")
+_MARK = "versions.json"  # written first, so that a folder without it holds no run
+_RESULTS = ("checkpoints", "model", "tensorboard", "metrics.jsonl")
+_WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
 _FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -52,12 +54,18 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sourc
     Raises:
         ValueError: a source is part of the run that would be deleted.
         FileExistsError: the folder holds a run and neither `resume` nor `overwrite` was asked for, or `resume` was
-            and there is only a finished model.
+            and there is only a finished model; or it holds files of these names that no run wrote.
         NotADirectoryError: a file is in the way.
     """
     for path in (output_dir, *output_dir.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"output_dir {output_dir} cannot be made: {path} is a file. Choose another one.")
+    held = [name for name in _WRITTEN if (output_dir / name).exists()]
+    if held and _MARK not in held:
+        raise FileExistsError(
+            f"output_dir {output_dir} holds {', '.join(held)}, and no run of kdtune wrote that (there is no {_MARK}). "
+            "It would be replaced: choose another output_dir."
+        )
     if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
         return newest
     if resume:
@@ -71,7 +79,6 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sourc
                 f"{source} is part of the run in output_dir {output_dir}, and this run would replace it while it "
                 "starts from it. Choose another output_dir."
             )
-    held = [name for name in _WRITTEN if (output_dir / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
             f"output_dir {output_dir} already holds a run ({', '.join(held)}). Continue it with "
@@ -86,13 +93,25 @@ def latest(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_resume(resume_from: Path, loader: Stateful) -> None:
+def check_resume(resume_from: Path | None, loader: Stateful, num_steps: int) -> int:
     """Put the loader where the run stopped, which refuses other data, before models and moments are read.
 
+    Returns:
+        Optimizer steps that are done; 0 without a checkpoint.
+
     Raises:
-        ValueError: the checkpoint cannot be read, or is of a run with other data.
+        ValueError: the checkpoint cannot be read, is of a run with other data, or is behind the end of this one.
     """
-    loader.load_state_dict(_read_state(resume_from, mmap=True)["loader"])
+    if resume_from is None:
+        return 0
+    state = _read_state(resume_from, mmap=True)
+    loader.load_state_dict(state["loader"])
+    if state["step"] > num_steps:
+        raise ValueError(
+            f"{resume_from} was saved after step {state['step']}, and this run ends after step {num_steps}. Its model "
+            "would be that of a longer run: raise max_steps or epochs, or choose another output_dir."
+        )
+    return state["step"]
 
 
 class Run:
@@ -116,6 +135,9 @@ class Run:
         self.step = 0  # optimizer steps done
         self._write_model = write_model
         self._parts = parts
+        output_dir.mkdir(parents=True, exist_ok=True)
+        versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        (output_dir / _MARK).write_text(json.dumps(versions, indent=2) + "\n")
         if resume_from is None:
             _clear(output_dir)
         else:
@@ -134,22 +156,25 @@ class Run:
             state = {name: part.state_dict() for name, part in self._parts.items()}
             torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
 
-        folder = write_aside(self.output_dir / "checkpoints" / f"step_{self.step:08d}", write)
+        folder = write_aside(self._folder(), write)
         _delete_others(folder)
         return folder
 
+    def _folder(self) -> Path:
+        return self.output_dir / "checkpoints" / f"step_{self.step:08d}"
+
     def finish(self, write_model: Callable[[Path], None]) -> Path:
-        """Write `model/`, the result of the run."""
+        """Write `model/`, the result of the run; a checkpoint from an interruption must not stay older than it."""
+        newest = latest(self.output_dir)
+        if newest is not None and newest != self._folder():
+            self.save()
         return write_aside(self.output_dir / "model", write_model)
 
     def record(self, config_yaml: str, recipe: Path) -> None:
-        """Leave what reproduces the run: the resolved settings, the recipe's source, the versions."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Leave what reproduces the run beside the versions: the resolved settings and the recipe's source."""
         (self.output_dir / "config.yaml").write_text(config_yaml)
         # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
         (self.output_dir / "recipe.py").write_bytes(recipe.read_bytes())
-        versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        (self.output_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
     def not_finite(self, step: int, loss: float, grad_norm: float) -> FloatingPointError:
         """The error for a loss or a gradient that is not a number."""
@@ -199,7 +224,7 @@ def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
 
 def _clear(output_dir: Path) -> None:
     """Delete what an earlier run wrote there, and nothing else."""
-    for path in (output_dir / name for name in _WRITTEN):
+    for path in (output_dir / name for name in _RESULTS):
         if path.is_dir():
             shutil.rmtree(path)
         else:

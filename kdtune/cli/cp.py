@@ -45,7 +45,7 @@ def _launch_line(source: Path, to: Path) -> str:
     file = shlex.quote(str(to))
     if source.suffix != ".py":
         return f"kdtune run {catalog.launched_by(source) or '<recipe>'} --config {file}"
-    configs = catalog.configs(source.stem)
+    configs = sorted(catalog.configs(source.stem), key=lambda config: "quickstart" not in config.path.parts)
     # A copy under another name needs the config's full name: the short one goes by the recipe's.
     full = [config.path.relative_to(catalog.folder() / "configs").with_suffix("") for config in configs]
     return f"kdtune run {file} --config {full[0].as_posix() if full else '<config>'}"

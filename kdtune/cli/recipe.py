@@ -101,6 +101,6 @@ def settings(module: ModuleType, call: Call) -> Any:
         return config.load(module.Config, call.config, call.overrides)
     except ValueError as error:
         written_for = catalog.launched_by(call.config) if call.config else None
-        if written_for in (None, catalog.bare_name(call.recipe.stem)):
+        if written_for in (None, catalog.bare_name(call.recipe.stem)) or call.recipe.parent != catalog.folder():
             raise
         raise ValueError(f"{error}\n{call.config} is written for the recipe {written_for}.") from error

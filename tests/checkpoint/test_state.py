@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdtune.checkpoint import Run, latest, prepare_output_dir
+from kdtune.checkpoint import Run, check_resume, latest, prepare_output_dir
 from kdtune.checkpoint import state as module
 from kdtune.checkpoint.state import STATE_FILE, write_aside
 
@@ -169,11 +169,19 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     for name in ("checkpoints", "model"):
         folder = tmp_path / name
         (folder / name).mkdir(parents=True)
-        with pytest.raises(FileExistsError, match=f"already holds a run \\({name}\\).*resume_from_checkpoint=true.*an"):
+        (folder / "versions.json").touch()
+        with pytest.raises(
+            FileExistsError, match=f"already holds a run \\({name}, ver.*resume_from_checkpoint=true.*an"
+        ):
             prepare_output_dir(folder, resume=False, overwrite=False, sources=())
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoints, model, metrics.jsonl\)"):
-        prepare_output_dir(tmp_path, resume=False, overwrite=False, sources=())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "config.yaml", "recipe.py"])
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, True), (True, False), (False, False)])
+def test_what_no_run_wrote_is_never_replaced(name: str, resume: bool, overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"holds {name}, and no run of kdtune wrote that"):
+        prepare_output_dir(tmp_path, resume=resume, overwrite=overwrite, sources=())
 
 
 def test_other_files_are_no_run(tmp_path: Path) -> None:
@@ -191,10 +199,33 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "other/model").mkdir(parents=True)
     assert prepare_output_dir(tmp_path, resume=False, overwrite=True, sources=()) is None
-    assert names(tmp_path) == ["checkpoints", "metrics.jsonl", "model", "notes.txt", "other"], "a check deletes nothing"
+    held = ["checkpoints", "metrics.jsonl", "model", "notes.txt", "other", "versions.json"]
+    assert names(tmp_path) == held, "a check deletes nothing"
     Run(tmp_path, None, write_model)
-    assert names(tmp_path) == ["notes.txt", "other"]
+    assert names(tmp_path) == ["notes.txt", "other", "versions.json"]
     assert (tmp_path / "other/model").is_dir()
+
+
+def test_no_checkpoint_stays_older_than_the_finished_model(tmp_path: Path) -> None:
+    """It would be resumed, and its shorter run would replace the model."""
+    save_at(open_run(tmp_path), 1)
+    run = open_run(tmp_path, resume=True)
+    run.step = 5
+    run.finish(write_model)
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_00000005"
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    loader = Counter()
+    run = Run(tmp_path, None, write_model, loader=loader)
+    run.step = 5
+    folder = run.save()
+    assert check_resume(folder, loader, num_steps=5) == 5
+    assert check_resume(None, loader, num_steps=5) == 0
+    with pytest.raises(ValueError, match=r"after step 5, and this run ends after step 4.*raise max_steps"):
+        check_resume(folder, loader, num_steps=4)
 
 
 def test_resuming_goes_before_overwriting(tmp_path: Path) -> None:
@@ -260,8 +291,9 @@ def test_record(tmp_path: Path) -> None:
 
 
 def test_the_recorded_recipe_can_itself_be_run_there(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
     (tmp_path / "recipe.py").write_text("# mine")
-    open_run(tmp_path).record("seed: 1\n", tmp_path / "recipe.py")
+    run.record("seed: 1\n", tmp_path / "recipe.py")
     assert (tmp_path / "recipe.py").read_text() == "# mine"
 
 
