@@ -122,7 +122,7 @@ def check_sinks(cfg: MetricLoggerConfig) -> None:
 
 def progress_bar(total: int, initial: int = 0) -> tqdm:
     """A bar over optimizer steps: done, left, time left; `set_postfix` adds the numbers of the step."""
-    # In a log file each refresh is a line: one in half a minute is enough there.
+    # In a log file each refresh stays: one in half a minute is enough there.
     interval = 0.1 if sys.stdout.isatty() else 30.0
     shown = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
     return tqdm(

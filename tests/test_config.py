@@ -134,6 +134,8 @@ def test_home(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         name: str = "x"
 
     monkeypatch.setenv("HOME", "/home/kd")
+    with pytest.raises(ValueError, match="folder is a place on the disk and cannot be empty"):
+        config.load(Places, None, ["folder="])  # as from folder=$UNSET in a shell
     assert config.load(Places, None, ["folder=~/a~b", "name=~/a"]) == Places("/home/kd/a~b", "~/a")
     assert config.load(Places, write("folder: ~/runs\nname: ~/${folder}"), []) == Places(
         "/home/kd/runs", "~//home/kd/runs"

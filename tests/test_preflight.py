@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,3 +131,10 @@ def test_disk_space_of_a_relative_folder(tmp_path: Path, monkeypatch: pytest.Mon
 def test_describe() -> None:
     text = preflight.describe("models/tiny", model(2_000_000))
     assert text == "models/tiny: 32.0 M parameters, 1 layers of 8, vocabulary 2,000,000"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_disk_space(tmp_path / "new", 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # what root may do says nothing here
+    with pytest.raises(PermissionError, match="not writable for you"):
+        preflight.check_disk_space(tmp_path / "new", 1)
