@@ -1,6 +1,8 @@
 """Where a run computes and in which number format."""
 
+import os
 import platform
+import shutil
 from typing import Literal
 
 import torch
@@ -35,6 +37,20 @@ def resolve(device: str) -> torch.device:
     if (resolved.index or 0) >= count:
         raise ValueError(f"device={device}, but there are {count} such devices here, numbered from 0.")
     return resolved
+
+
+def check_compiler(device: torch.device) -> None:
+    """Find out whether torch.compile has what it needs.
+
+    Raises:
+        ValueError: it would write C++ for the CPU, and there is no compiler.
+    """
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError(
+            f"compile=true makes C++ code for the CPU, but there is no {' or '.join(compilers)} to compile it. "
+            "Install one or name one in the environment variable CXX, or train with compile=false."
+        )
 
 
 def describe(device: torch.device) -> str:

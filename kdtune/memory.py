@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kdtune import losses
 from kdtune.models import ModelConfig, num_parameters
 
 
@@ -18,7 +19,7 @@ class Estimate:
     optimizer: int  # two moments
     teacher: int  # weights
     activations: int  # of the student, kept for the backward
-    loss: int  # chunks of logits, the heads in float32 and the gradient of the student's head
+    loss: int  # a chunk of both models' logits, and the gradient of the student's head
 
     @property
     def total(self) -> int:
@@ -38,7 +39,8 @@ def estimate(
     batch_size: int,
     seq_len: int,
     activation_checkpointing: bool,
-    loss_chunk_size: int,
+    loss_chunk_size: int | None,
+    device: torch.device,
 ) -> Estimate:
     """Peak memory of a training step with AdamW, every row as long as `seq_len`.
 
@@ -52,7 +54,7 @@ def estimate(
         optimizer=2 * weights,
         teacher=0 if teacher is None else num_parameters(teacher) * size,
         activations=batch_size * seq_len * _activations_per_token(student, size, activation_checkpointing),
-        loss=_loss_bytes(student, teacher, size, loss_chunk_size),
+        loss=_loss_bytes(student, teacher, size, loss_chunk_size, device),
     )
 
 
@@ -86,13 +88,17 @@ def _activations_per_token(cfg: ModelConfig, size: int, checkpointing: bool) -> 
     return cfg.num_layers * layer + last
 
 
-def _loss_bytes(student: ModelConfig, teacher: ModelConfig | None, size: int, chunk: int) -> int:
-    # In float32 whatever the models are in. Of a chunk: logits, log-probabilities and gradient of the student; with a
-    # teacher one more of the student, and logits, log-probabilities and probabilities of the teacher.
-    blocks = 3 * student.vocab_size if teacher is None else 4 * student.vocab_size + 3 * teacher.vocab_size
-    total = 4 * chunk * blocks
+def _loss_bytes(
+    student: ModelConfig, teacher: ModelConfig | None, size: int, chunk: int | None, device: torch.device
+) -> int:
+    # In float32 whatever the models are in: a chunk of both models' logits, the gradient of the student's head, and
+    # temporaries of some rows.
+    teacher_vocab_size = 0 if teacher is None else teacher.vocab_size
+    chunk = chunk or losses.default_chunk_size(student.vocab_size, teacher_vocab_size, device)
+    logits = 4 * chunk * (student.vocab_size + teacher_vocab_size)
+    rows = 6 * 4 * min(losses.block_rows(student.vocab_size, device), chunk) * student.vocab_size
     head = student.vocab_size * student.hidden_size
     if size == 4:
-        return total + 4 * head  # the gradient of the student's head
-    casts = head + (0 if teacher is None else teacher.vocab_size * teacher.hidden_size)
-    return total + 4 * casts + (4 + size) * head  # summed in float32, then rounded
+        return logits + rows + 4 * head
+    # The gradient of the logits is rounded for its products; the head's is rounded at the end, when logits are gone.
+    return 4 * head + max(logits + max(rows, size * chunk * student.vocab_size), size * head)

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from kdtune.data import Batch
+from kdtune.losses import Targets
 from kdtune.models import Decoder
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The teacher's next-token distributions, as the hidden states and the head that produce them.
-
-    Attributes:
-        hidden: [b, s, d_t], after the teacher's final norm.
-        head: its output projection, weight [v, d_t].
-    """
-
-    hidden: Tensor
-    head: nn.Linear
 
 
 class LiveTeacher:

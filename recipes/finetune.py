@@ -47,6 +47,7 @@ class Config:
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the model
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # of the model
+    ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
     dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
 
@@ -65,7 +66,8 @@ class Config:
     dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
-    loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
+    loss_chunk_size: int | None = setting(None, gt=0)  # labelled tokens whose logits exist at one time; null: automatic
+    compile: bool = False  # fuse the loss's element-wise part with torch.compile; on a CPU it needs a C++ compiler
 
     output_dir: str = setting(MISSING, path=True)  # metrics, checkpoints and the finished model go here
     save_dtype: devices.Dtype | None = None  # of the finished model's weights; null: dtype
@@ -117,7 +119,7 @@ def main(cfg: Config) -> None:
                 hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
                 loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
                 loss.total.backward()
-                loss_sum += loss.ce
+                loss_sum += loss.total.detach()
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
@@ -191,6 +193,8 @@ def check(cfg: Config) -> Inputs:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
     run_device = devices.resolve(cfg.device)
+    if cfg.compile:
+        devices.check_compiler(run_device)
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
@@ -220,6 +224,7 @@ def check(cfg: Config) -> Inputs:
         seq_len=cfg.tokenizer.max_seq_len,
         activation_checkpointing=cfg.enable_activation_checkpointing,
         loss_chunk_size=cfg.loss_chunk_size,
+        device=run_device,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
     preflight.check_disk_space(output_dir, memory.disk(model, dtype, save_dtype, cfg.save_every_n_steps > 0))
@@ -261,7 +266,16 @@ def check(cfg: Config) -> Inputs:
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:
     """loss = ce, for one micro-batch of a step with `num_tokens` labels."""
-    return losses.distillation_loss(hidden, head, labels, num_tokens, chunk_size=cfg.loss_chunk_size)
+    return losses.distillation_loss(
+        hidden,
+        head,
+        labels,
+        num_tokens,
+        label_smoothing=cfg.ce_loss.label_smoothing,
+        z_loss=cfg.ce_loss.z_loss,
+        chunk_size=cfg.loss_chunk_size,
+        compile=cfg.compile,
+    )
 
 
 @torch.no_grad()

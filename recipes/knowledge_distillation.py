@@ -3,7 +3,9 @@
     loss = (1 - kd_ratio) * ce + kd_ratio * kd
 
     ce = - log q(label)                       at temperature 1
-    kd = T^2 * sum_v p (log p - log q)        forward KL, p = softmax(teacher / T), q = softmax(student / T)
+    kd = T^2 * D(p, q)                        p = softmax(teacher / T), q = softmax(student / T)
+
+D is the forward KL, sum_v p (log p - log q), or another divergence of `kd_loss.name`.
 
 Both are summed over the labelled tokens of the whole optimizer step and divided by their number once, so a step means
 the same however its rows are split into micro-batches.
@@ -46,15 +48,7 @@ from kdtune import (
 )
 from kdtune.config import MISSING, setting
 from kdtune.interrupt import Interrupt
-from kdtune.teacher import LiveTeacher, Targets
-
-
-@dataclass
-class KDLossConfig:
-    """The divergence between teacher and student."""
-
-    temperature: float = setting(1.0, gt=0)  # softens both distributions; 1 leaves them as they are
-    scale_by_temperature_squared: bool = True  # keeps the gradient's size as the temperature grows
+from kdtune.teacher import LiveTeacher
 
 
 @dataclass
@@ -62,7 +56,8 @@ class Config:
     """Every setting of this recipe."""
 
     kd_ratio: float = setting(0.5, ge=0, le=1)  # weight of the teacher; 0 is plain fine-tuning, 1 ignores the labels
-    kd_loss: KDLossConfig = setting(KDLossConfig)  # the divergence to the teacher
+    kd_loss: losses.KDLossConfig = setting(losses.KDLossConfig)  # the divergence to the teacher
+    ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
     teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
@@ -85,7 +80,8 @@ class Config:
     dtype: devices.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
-    loss_chunk_size: int = setting(512, gt=0)  # labelled tokens whose logits exist at one time
+    loss_chunk_size: int | None = setting(None, gt=0)  # labelled tokens whose logits exist at one time; null: automatic
+    compile: bool = False  # fuse the loss's element-wise part with torch.compile; on a CPU it needs a C++ compiler
 
     output_dir: str = setting(MISSING, path=True)  # metrics, checkpoints and the finished student go here
     save_dtype: devices.Dtype | None = None  # of the finished student's weights; null: dtype
@@ -134,29 +130,30 @@ def main(cfg: Config) -> None:
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
             num_tokens = data.count_labels(micro_batches)
-            sums = torch.zeros(3, device=inputs.device)
+            sums = torch.zeros(4, device=inputs.device)
 
             for batch in micro_batches:
                 batch = batch.to(inputs.device)
                 # The teacher goes first: its activations are gone before the student's are kept for the backward.
                 targets = teacher(batch)
                 hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-                loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens)
+                loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, step / inputs.num_steps)
                 loss.total.backward()
-                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
+                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor / len(micro_batches)])
 
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                (loss_value, ce_loss, kd_loss), grad_norm = sums.tolist(), norm.item()
+                (loss_value, ce_loss, kd_loss, kd_factor), grad_norm = sums.tolist(), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
                     raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
+                    **({"kd_factor": kd_factor} if cfg.kd_loss.balance else {}),
                     "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
@@ -224,6 +221,9 @@ def check(cfg: Config) -> Inputs:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
     run_device = devices.resolve(cfg.device)
+    if cfg.compile:
+        devices.check_compiler(run_device)
+    losses.divergence(cfg.kd_loss.name, beta=cfg.kd_loss.beta, alpha=cfg.kd_loss.alpha)
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
@@ -256,6 +256,7 @@ def check(cfg: Config) -> Inputs:
         seq_len=cfg.tokenizer.max_seq_len,
         activation_checkpointing=cfg.enable_activation_checkpointing,
         loss_chunk_size=cfg.loss_chunk_size,
+        device=run_device,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
     preflight.check_disk_space(output_dir, memory.disk(student, dtype, save_dtype, cfg.save_every_n_steps > 0))
@@ -298,21 +299,34 @@ def check(cfg: Config) -> Inputs:
 
 
 def objective(
-    cfg: Config, hidden: Tensor, head: nn.Linear, targets: Targets, labels: Tensor, num_tokens: int
+    cfg: Config,
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: losses.Targets,
+    labels: Tensor,
+    num_tokens: int,
+    progress: float,
 ) -> losses.Loss:
     """loss = (1 - kd_ratio) * ce + kd_ratio * kd, for one micro-batch of a step with `num_tokens` labels."""
+    kd = cfg.kd_loss
     return losses.distillation_loss(
         hidden,
         head,
         labels,
         num_tokens,
-        teacher_hidden=targets.hidden,
-        teacher_head=targets.head,
+        targets,
         ce_weight=1 - cfg.kd_ratio,
         kd_weight=cfg.kd_ratio,
-        temperature=cfg.kd_loss.temperature,
-        scale_by_temperature_squared=cfg.kd_loss.scale_by_temperature_squared,
+        divergence=losses.divergence(kd.name, beta=kd.beta, alpha=kd.alpha),
+        temperature=kd.temperature,
+        scale_by_temperature_squared=kd.scale_by_temperature_squared,
+        teacher_share=kd.initial_teacher_share + (1 - kd.initial_teacher_share) * progress,
+        label_margin=kd.label_margin,
+        balance=kd.balance,
+        label_smoothing=cfg.ce_loss.label_smoothing,
+        z_loss=cfg.ce_loss.z_loss,
         chunk_size=cfg.loss_chunk_size,
+        compile=cfg.compile,
     )
 
 
@@ -320,20 +334,15 @@ def objective(
 def evaluate(
     cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
 ) -> dict[str, float]:
-    """Means over the labelled tokens of `batches`, in nats, at temperature 1."""
+    """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
     sums, num_tokens = torch.zeros(5, device=inputs.device), 0
     for batch in batches:
         batch = batch.to(inputs.device)
         targets = teacher(batch)
+        hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+        # Of one token: sums, divided once at the end.
         loss = losses.distillation_loss(
-            student.hidden(batch.tokens, batch.positions, batch.documents),
-            student.head,
-            batch.labels,
-            1,  # sums, divided once at the end
-            teacher_hidden=targets.hidden,
-            teacher_head=targets.head,
-            chunk_size=cfg.loss_chunk_size,
-            with_metrics=True,
+            hidden, student.head, batch.labels, 1, targets, chunk_size=cfg.loss_chunk_size, with_metrics=True
         )
         sums += torch.stack([loss.ce, loss.kd, loss.agreement, loss.teacher_ce, loss.teacher_entropy])
         num_tokens += batch.num_labels

@@ -46,6 +46,7 @@ def estimate(config: ModelConfig, teacher: ModelConfig | None = None, **changes:
         "seq_len": 128,
         "activation_checkpointing": False,
         "loss_chunk_size": CHUNK,
+        "device": torch.device("cpu"),
         **changes,
     }
     return memory.estimate(config, teacher, **settings)
@@ -116,14 +117,13 @@ def peak_of_step(model: Decoder, teacher: Decoder | None, dtype: torch.dtype) ->
 
     def step() -> None:
         with torch.no_grad():
-            targets = None if teacher is None else teacher.hidden(tokens)
+            targets = None if teacher is None else losses.Targets(teacher.hidden(tokens), teacher.head)
         loss = losses.distillation_loss(
             model.hidden(tokens),
             model.head,
             tokens,
             tokens.numel(),
-            teacher_hidden=targets,
-            teacher_head=None if teacher is None else teacher.head,
+            targets,
             kd_weight=0.0 if teacher is None else 0.5,
             chunk_size=CHUNK,
         )

@@ -1,5 +1,43 @@
 """The objective: cross-entropy on the labels blended with a divergence to the teacher, computed chunk by chunk."""
 
-from kdtune.losses.chunked import IGNORE, Loss, distillation_loss
+from kdtune.losses.chunked import IGNORE, Loss, block_rows, default_chunk_size, distillation_loss
+from kdtune.losses.config import CELossConfig, KDLossConfig
+from kdtune.losses.divergences import (
+    Divergence,
+    DivergenceName,
+    adaptive_kl,
+    by_autograd,
+    divergence,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    symmetric_kl,
+    total_variation,
+)
+from kdtune.losses.targets import Targets, TopKTargets
 
-__all__ = ["IGNORE", "Loss", "distillation_loss"]
+__all__ = [
+    "IGNORE",
+    "CELossConfig",
+    "Divergence",
+    "DivergenceName",
+    "KDLossConfig",
+    "Loss",
+    "Targets",
+    "TopKTargets",
+    "adaptive_kl",
+    "block_rows",
+    "by_autograd",
+    "default_chunk_size",
+    "distillation_loss",
+    "divergence",
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "symmetric_kl",
+    "total_variation",
+]

@@ -1,18 +1,27 @@
-"""The chunked objective.
+"""The objective, a chunk of labelled positions at a time.
 
 Logits are the largest tensors of a distillation step: `[tokens, vocabulary]` in float32 for student and teacher,
-several times over once autograd keeps what it needs. Here they exist for one chunk of labelled tokens at a time. Each
-chunk is projected once per model, its loss and its gradient are computed together, and only the gradients of the hidden
-states and of the head stay. Memory does not grow with the number of tokens.
+several times over once autograd keeps what it needs. Here they exist for one chunk at a time. Each chunk is projected
+once per model, its losses are computed and the gradient of its logits put in their place (rows.py), which is at once
+multiplied into the gradients of the hidden states and of the head (projection.py). So memory does not grow with the
+number of tokens, and the arithmetic is that of the products: one of the teacher and three of the student.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kdtune.losses import rows
+from kdtune.losses.divergences import Divergence, forward_kl
+from kdtune.losses.projection import Gradients, Projection
+from kdtune.losses.targets import Targets, TopKTargets
 
 IGNORE = -100  # label of a position that is not scored: prompt, padding, the end of a document
 
@@ -22,9 +31,11 @@ class Loss:
     """The objective of one micro-batch; every value is a sum over its labelled tokens divided by `num_tokens`.
 
     Attributes:
-        total: `ce_weight * ce + kd_weight * kd`, the only value that carries a graph.
-        ce: cross-entropy of the student against the labels, in nats, at temperature 1.
+        total: what is trained on, the only value that carries a graph.
+        ce: cross-entropy of the student against the labels, in nats, at temperature 1, without smoothing or z-loss.
         kd: divergence to the teacher in nats, times temperature squared if asked; 0 without a teacher.
+        kd_factor: what `balance` multiplied `kd` by in `total`; 1 without.
+        student_entropy: entropy of the student's distribution at temperature 1; 0 unless metrics were asked for.
         teacher_ce: cross-entropy of the teacher against the labels; 0 unless metrics were asked for.
         teacher_entropy: entropy of the teacher's distribution at temperature 1; 0 unless metrics were asked for.
         agreement: share of tokens at which student and teacher have the same top-1 token; 0 unless asked for.
@@ -33,6 +44,8 @@ class Loss:
     total: Tensor
     ce: Tensor
     kd: Tensor
+    kd_factor: Tensor
+    student_entropy: Tensor
     teacher_ce: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
@@ -40,184 +53,214 @@ class Loss:
 
 def distillation_loss(
     hidden: Tensor,
-    head: nn.Linear,
+    head: nn.Module,
     labels: Tensor,
     num_tokens: int | Tensor,
+    targets: Targets | TopKTargets | None = None,
     *,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: nn.Linear | None = None,
     ce_weight: float = 1.0,
     kd_weight: float = 0.0,
+    divergence: Divergence = forward_kl,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = True,
-    chunk_size: int = 512,
+    teacher_share: float = 1.0,
+    label_margin: float = 0.0,
+    balance: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+    compile: bool = False,
     with_metrics: bool = False,
 ) -> Loss:
-    """Cross-entropy on the labels and forward KL to the teacher, without ever holding all logits.
+    """Cross-entropy on the labels and a divergence to the teacher, without ever holding all logits.
 
-    With p = softmax(teacher / T) and q = softmax(student / T), the divergence of a token is KL(p || q) =
-    sum p (log p - log q) (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). Its gradient shrinks as
-    1 / T^2, hence the factor T^2 of section 2 of that paper, on by default. Softmax and sums are in float32 (float64
-    for float64 models) whatever the type of the models.
+    With p = softmax(teacher / T) and q = softmax(student / T), the divergence of a token is D(p, q). Its gradient
+    shrinks as 1 / T^2, hence the factor T^2 of Hinton et al. 2015 ("Distilling the Knowledge in a Neural Network",
+    arXiv:1503.02531, section 2), on by default. Softmax and sums are in float32 (float64 for float64 models) whatever
+    the type of the models.
 
     Vocabularies may differ by padding at their end: the divergence is then taken over the entries that both have, each
     distribution normalised over those. The cross-entropy is over the student's whole vocabulary, as in fine-tuning.
 
     Args:
         hidden: [b, s, d], the student's final hidden states, after the last norm.
-        head: the student's output projection, weight [v, d].
+        head: the student's output projection, weight [v, d]: an `nn.Linear`, or what `Projection` says beside it.
         labels: [b, s], the token that each position is scored against, or `IGNORE`.
         num_tokens: labelled tokens of the whole optimizer step; every sum is divided by it once.
-        teacher_hidden: [b, s, d_t]; None (with `teacher_head`) leaves the divergence out.
-        teacher_head: weight [v_t, d_t]. Nothing of the teacher receives a gradient.
+        targets: the teacher's distributions; None leaves the divergence out.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the divergence.
+        divergence: D; one of `divergences`, or a function of one's own through `by_autograd`.
         temperature: > 0, softens both distributions of the divergence; never the cross-entropy.
         scale_by_temperature_squared: False leaves out the factor T^2, as TRL and Megatron-LM do.
-        chunk_size: labelled tokens whose logits exist at one time.
-        with_metrics: also compute `teacher_ce`, `teacher_entropy` and `agreement` from the same logits.
+        teacher_share: below 1, the target is softmax(share * teacher + (1 - share) * student / T), the student detached
+            (Shing et al. 2025, "TAID", arXiv:2501.16937, equation 3); raise it to 1 in the course of training.
+        label_margin: above 0, the teacher's distribution is mixed with the label by as little as lets the label win by
+            this much probability (Model Optimizer's `MFTLoss`, where it is `threshold`).
+        balance: also multiply the divergence by ce / kd, as they are here, without gradient: it then weighs as much as
+            the cross-entropy (Model Optimizer's `kd_loss_scale` is `kd_weight`). Costs one more product per model. The
+            factor is that of this call, so a step depends on its split into micro-batches.
+        label_smoothing: share of the uniform distribution in the labels of the cross-entropy.
+        z_loss: weight of (log sum exp logits)^2, added to the cross-entropy (Chowdhery et al. 2022, "PaLM",
+            arXiv:2204.02311, section 5; 1e-4 there).
+        chunk_size: labelled tokens whose logits exist at one time; None: `default_chunk_size`.
+        compile: fuse the element-wise part with torch.compile; on the CPU that needs a C++ compiler.
+        with_metrics: also compute the entropies, `teacher_ce` and `agreement` from the same logits.
 
     Returns:
         A `Loss`. Without any labelled token here all values are 0 and `total` still has a graph.
 
     Raises:
-        ValueError: `kd_weight` without a teacher, a temperature that is not positive, or no labelled token in the whole
-            step.
+        ValueError: a setting out of its range, or that these targets cannot serve.
     """
-    if teacher_head is None and (kd_weight != 0 or with_metrics):
-        raise ValueError(f"kd_weight={kd_weight} and metrics compare with a teacher, and there is none.")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: both distributions are divided by it.")
+    _check(targets, num_tokens, divergence, temperature, teacher_share, label_margin, with_metrics)
+    if targets is None and (balance or kd_weight != 0):
+        raise ValueError(f"kd_weight={kd_weight} and balance={balance} compare with a teacher, and there is none.")
+    student = Projection(hidden, head)
+    teacher = Projection(targets.hidden, targets.head) if isinstance(targets, Targets) else targets
+    settings = rows.Settings(
+        divergence=divergence,
+        temperature=temperature,
+        kd_scale=temperature**2 if scale_by_temperature_squared else 1.0,
+        mixes_student=teacher_share != 1,
+        label_margin=label_margin,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        student_activation=student.activation,
+        teacher_activation=teacher.activation if isinstance(teacher, Projection) else rows.Activation(),
+        convention=teacher.convention if isinstance(teacher, TopKTargets) else None,
+        with_grad=torch.is_grad_enabled(),  # not to be had inside of an autograd.Function
+        with_metrics=with_metrics,
+    )
+    sweep = _Sweep(student, teacher, labels, num_tokens, settings, chunk_size, compile)
+    weights = torch.tensor([ce_weight, kd_weight, teacher_share], dtype=sweep.dtype, device=hidden.device)
+    kd_factor = torch.ones_like(weights[1])
+    if balance:
+        _, ce, kd, *_ = sweep(weights)
+        kd_factor = torch.where(kd > 0, ce / kd, kd_factor)
+        weights[1] *= kd_factor
+    total, ce, kd, *metrics = _ChunkedLoss.apply(sweep, weights, *student.tensors)
+    return Loss(total, ce, kd, kd_factor, *metrics)
+
+
+def default_chunk_size(vocab_size: int, teacher_vocab_size: int, device: torch.device) -> int:
+    """Labelled tokens of which the logits of both models fit into 256 MiB, on a GPU into 1 GiB; at least 64.
+
+    Products of so many rows run at full speed; more rows would only take memory.
+    """
+    budget = 2**30 if device.type == "cuda" else 2**28
+    return max(64, budget // (4 * (vocab_size + teacher_vocab_size)) // 64 * 64)
+
+
+def block_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of a chunk that are scored at a time: so few that each pass finds in the cache what the last one wrote."""
+    return max(1, (2**19 if device.type == "cpu" else 2**23) // vocab_size)
+
+
+def _check(
+    targets: Targets | TopKTargets | None,
+    num_tokens: int | Tensor,
+    divergence: Divergence,
+    temperature: float,
+    teacher_share: float,
+    label_margin: float,
+    with_metrics: bool,
+) -> None:
     if isinstance(num_tokens, int) and num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens}: a step without a labelled token teaches nothing.")
-    scale = temperature**2 if scale_by_temperature_squared else 1.0
-    settings = _Settings(ce_weight, kd_weight, temperature, scale, chunk_size, with_metrics, torch.is_grad_enabled())
-    teacher: tuple[Tensor | None, ...] = (None, None, None)
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = (teacher_hidden.detach(), teacher_head.weight.detach(), teacher_head.bias)
-    total, ce, kd, teacher_ce, entropy, agreement = _ChunkedLoss.apply(
-        hidden, head.weight, head.bias, *teacher, labels, num_tokens, settings
-    )
-    return Loss(total, ce, kd, teacher_ce, entropy, agreement)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}: both distributions are divided by it.")
+    if not 0 <= label_margin < 1:
+        raise ValueError(f"label_margin={label_margin}: the label wins by it, from 0 (off) to below 1.")
+    if not 0 < teacher_share <= 1:
+        raise ValueError(f"teacher_share={teacher_share}: the target needs some of the teacher, above 0 and up to 1.")
+    if with_metrics and not isinstance(targets, Targets):
+        raise ValueError("Metrics compare with the teacher's whole distribution, which these targets do not have.")
+    if isinstance(targets, TopKTargets):
+        if teacher_share != 1 or label_margin != 0:
+            raise ValueError("teacher_share and label_margin need the teacher's whole distribution, not its top k.")
+        if targets.convention in ("partial", "student_full") and divergence is not forward_kl:
+            raise ValueError(f"Top-k targets, {targets.convention}: defined for forward_kl only. Take bucket.")
+        if targets.convention != "renormalised" and temperature != 1:
+            raise ValueError(
+                f"temperature={temperature}: the top k at temperature 1 do not tell what the other tokens have at "
+                "another. Take temperature 1, or the convention renormalised."
+            )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    ce_weight: float
-    kd_weight: float
-    temperature: float
-    kd_scale: float
-    chunk_size: int
-    with_metrics: bool
-    with_grad: bool  # inside of an autograd.Function neither the grad mode nor needs_input_grad tells
+class _Sweep:
+    """One pass over the labelled positions of a call."""
+
+    def __init__(
+        self,
+        student: Projection,
+        teacher: Projection | TopKTargets | None,
+        labels: Tensor,
+        num_tokens: int | Tensor,
+        settings: rows.Settings,
+        chunk_size: int | None,
+        compile: bool,
+    ):
+        device = labels.device
+        self.student = student
+        self.teacher = teacher
+        self.labels = labels.flatten()[:, None]  # [b * s, 1]
+        self.num_tokens = num_tokens
+        self.settings = settings
+        self.dtype = torch.float64 if student.inputs[0].dtype == torch.float64 else torch.float32
+        teacher_vocab_size = teacher.vocab_size if isinstance(teacher, Projection) else 0
+        self.chunk_size = chunk_size or default_chunk_size(student.vocab_size, teacher_vocab_size, device)
+        self.compile = compile
+        self.block_rows = block_rows(student.vocab_size, device)
+
+    @torch.no_grad()
+    def __call__(self, weights: Tensor, gradients: Gradients | None = None) -> Tensor:
+        """Means in the order of `rows.SUMS`, [7], and, if asked, the gradients of their sum under `weights`."""
+        settings = dataclasses.replace(self.settings, with_grad=gradients is not None)
+        weights = torch.cat([weights[:2] / self.num_tokens, weights[2:]])
+        sums = weights.new_zeros(len(rows.SUMS))
+        scored = (self.labels != IGNORE).nonzero()[:, 0]  # [t]
+        size = min(self.chunk_size, len(scored))
+        logits_block = weights.new_empty(size, self.student.vocab_size)
+        teacher_block = weights.new_empty(size, self.teacher.vocab_size if isinstance(self.teacher, Projection) else 0)
+        for positions in scored.split(self.chunk_size) if len(scored) else ():
+            logits = self.student.logits(positions, logits_block)  # [n, v]
+            chunk = (logits, self.labels[positions], *self._teacher_rows(positions, teacher_block))
+            for block, labels, *teacher in zip(*(x.split(self.block_rows) for x in chunk), strict=True):
+                # Compiled for one shape only; the few rows that are left over cost nothing.
+                score = _compiled_score() if self.compile and len(block) == self.block_rows else rows.score
+                sums += score(block, tuple(teacher), labels, weights, settings)
+            if gradients is not None:
+                gradients.add(positions, logits)
+        return sums / self.num_tokens
+
+    def _teacher_rows(self, positions: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        if self.teacher is None:
+            return ()
+        if isinstance(self.teacher, Projection):
+            return (self.teacher.logits(positions, block),)  # [n, v_t]
+        return tuple(x[positions] for x in self.teacher.flat(self.dtype))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients in the forward, where the logits are at hand; the backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        labels: Tensor,
-        num_tokens: int | Tensor,
-        settings: _Settings,
-    ) -> tuple[Tensor, ...]:
-        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight, needs_bias = (settings.with_grad and needed for needed in ctx.needs_input_grad[:3])
-        needs_grad = needs_hidden or needs_weight or needs_bias
-        hidden_grad = torch.zeros_like(hidden).flatten(0, 1) if needs_hidden else None  # [b * s, d]
-        weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None  # [v, d]
-        bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs_bias else None  # [v]
-
-        labels = labels.flatten()
-        scored = (labels != IGNORE).nonzero().squeeze(1)  # [t]
-        project = _Projection(weight, bias, sum_dtype)
-        teacher_project = None if teacher_weight is None else _Projection(teacher_weight, teacher_bias, sum_dtype)
-        sums = torch.zeros(5, dtype=sum_dtype, device=hidden.device)
-        for rows in scored.split(settings.chunk_size):
-            chunk = hidden.flatten(0, 1)[rows]  # [n, d]
-            logits = project(chunk)  # [n, v]
-            teacher_logits = None
-            if teacher_hidden is not None and teacher_project is not None:
-                teacher_logits = teacher_project(teacher_hidden.flatten(0, 1)[rows])  # [n, v_t]
-            chunk_sums, logits_grad = _chunk_loss(logits, teacher_logits, labels[rows], settings, needs_grad)
-            sums += chunk_sums
-            if needs_grad:
-                logits_grad /= num_tokens
-            if hidden_grad is not None:
-                hidden_grad[rows] = (logits_grad @ project.weight).to(hidden.dtype)
-            if weight_grad is not None:
-                weight_grad.addmm_(logits_grad.T, chunk.to(sum_dtype))
-            if bias_grad is not None:
-                bias_grad += logits_grad.sum(0)
-
-        ce, kd, teacher_ce, entropy, agreement = (sums / num_tokens).unbind()
-        ctx.save_for_backward(
-            None if hidden_grad is None else hidden_grad.view_as(hidden),
-            None if weight_grad is None else weight_grad.to(weight.dtype),
-            None if bias_grad is None else bias_grad.to(weight.dtype),
-        )
-        ctx.mark_non_differentiable(ce, kd, teacher_ce, entropy, agreement)
+    def forward(ctx: Any, sweep: _Sweep, weights: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        needed = [sweep.settings.with_grad and needed for needed in ctx.needs_input_grad[2:]]
+        gradients = Gradients(sweep.student, needed, sweep.dtype) if any(needed) else None
+        ce_objective, *values = sweep(weights, gradients).unbind()
+        ctx.save_for_backward(*(gradients.finish() if gradients else [None] * len(tensors)))
+        ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
-        return settings.ce_weight * ce + settings.kd_weight * kd, ce, kd, teacher_ce, entropy, agreement
+        return weights[0] * ce_objective + weights[1] * values[1], *values
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_total is None:
-            return (None,) * 9
-        hidden_grad, weight_grad, bias_grad = (
-            None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return hidden_grad, weight_grad, bias_grad, None, None, None, None, None, None
+        grads = [None if grad is None or grad_total is None else grad * grad_total for grad in ctx.saved_tensors]
+        return None, None, *grads
 
 
-class _Projection:
-    """hidden -> logits in `dtype`: rounding logits to bf16 destroys the gradient when student and teacher are close."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.weight = weight.detach().to(dtype)  # [v, d]; the tensor itself where the type is already right
-        self.bias = None if bias is None else bias.detach().to(dtype)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-
-
-def _chunk_loss(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, settings: _Settings, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Sums over the chunk of (ce, kd, teacher_ce, teacher_entropy, agreement), and d total / d logits."""
-    labels = labels[:, None]
-    kd = teacher_ce = entropy = agreement = logits.new_zeros(())
-    kd_grad = None
-    if teacher_logits is not None:
-        shared = min(logits.shape[-1], teacher_logits.shape[-1])
-        student_shared, teacher_shared = logits[:, :shared], teacher_logits[:, :shared]
-        if settings.with_metrics:
-            agreement = (student_shared.argmax(-1) == teacher_shared.argmax(-1)).sum()
-            log_p = teacher_shared.log_softmax(-1)
-            teacher_ce = -log_p.gather(-1, labels.clamp(max=shared - 1)).sum()
-            entropy = torch.special.entr(log_p.exp()).sum()
-        log_p = teacher_shared.div(settings.temperature).log_softmax(-1)  # [n, v]
-        log_q = student_shared.div(settings.temperature).log_softmax(-1)  # [n, v]
-        p = log_p.exp()
-        # An entry that the teacher rules out (logit -inf) adds 0, the limit of p log p.
-        kd = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum() * settings.kd_scale
-        if needs_grad:
-            # d KL / d logits = (q - p) / T
-            kd_grad = log_q.exp_().sub_(p).mul_(settings.kd_weight * settings.kd_scale / settings.temperature)
-
-    log_q = logits.log_softmax(-1)  # [n, v]
-    ce = -log_q.gather(-1, labels).sum()
-    grad = log_q
-    if needs_grad:
-        # d CE / d logits = q - onehot(label)
-        grad = log_q.exp_().scatter_add_(-1, labels, log_q.new_full(labels.shape, -1.0)).mul_(settings.ce_weight)
-        if kd_grad is not None:
-            grad[:, : kd_grad.shape[-1]] += kd_grad
-    return torch.stack([ce, kd, teacher_ce, entropy, agreement.to(ce.dtype)]), grad
+@functools.cache
+def _compiled_score() -> Callable[..., Tensor]:
+    return torch.compile(rows.score, dynamic=False)

@@ -129,7 +129,7 @@ def take_step(
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in micro_batches:
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)
-        loss = recipe.objective(cfg, hidden, student.head, teacher(batch), batch.labels, num_tokens)
+        loss = recipe.objective(cfg, hidden, student.head, teacher(batch), batch.labels, num_tokens, progress=1.0)
         loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
     gradients = {}
@@ -173,8 +173,7 @@ def test_a_row_s_loss_does_not_change_with_its_neighbours(tiny: Path, recipe: An
             student.head,
             batch.labels[:1],
             1,
-            teacher_hidden=targets.hidden[:1],
-            teacher_head=targets.head,
+            losses.Targets(targets.hidden[:1], targets.head),
             kd_weight=1.0,
             with_metrics=True,
         )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdtune.losses import IGNORE, distillation_loss
-from kdtune.losses import chunked as chunked_module
+from kdtune.losses import IGNORE, Targets, distillation_loss, rows
 
 
 def make_problem(dtype=torch.float64, v=123, v_t=None, d=31, d_t=17, b=3, s=47, bias=False, seed=0):
@@ -45,8 +44,7 @@ def chunked(problem, num_tokens=None, kd_ratio=0.5, **kwargs):
         head,
         labels,
         num_tokens or int((labels != IGNORE).sum()),
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
+        Targets(teacher_hidden, teacher_head),
         ce_weight=1 - kd_ratio,
         kd_weight=kd_ratio,
         **kwargs,
@@ -201,8 +199,8 @@ def test_refusals():
 
 def test_validation_pays_for_no_gradient(monkeypatch):
     asked = []
-    chunk_loss = chunked_module._chunk_loss
-    monkeypatch.setattr(chunked_module, "_chunk_loss", lambda *args: asked.append(args[-1]) or chunk_loss(*args))
+    score = rows.score
+    monkeypatch.setattr(rows, "score", lambda *args: asked.append(args[-1].with_grad) or score(*args))
     problem = make_problem()
     with_grad = chunked(problem)
     with torch.no_grad():

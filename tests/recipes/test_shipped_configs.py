@@ -117,27 +117,32 @@ def test_published_number_of_parameters(hub_name: str) -> None:
     assert num_parameters(from_hf_config(model["config"])) == model["parameters"]
 
 
+def estimate(name: str, activation_checkpointing: bool, device: str) -> memory.Estimate:
+    cfg = parse(name)
+    student, teacher = (
+        from_hf_config(PUBLISHED[downloads(name)[folder]]["config"])
+        for folder in (cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir)
+    )
+    return memory.estimate(
+        student,
+        teacher,
+        dtype=torch.bfloat16,
+        batch_size=cfg.batch_size,
+        seq_len=cfg.tokenizer.max_seq_len,
+        activation_checkpointing=activation_checkpointing,
+        loss_chunk_size=cfg.loss_chunk_size,
+        device=torch.device(device),
+    )
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_header(name: str) -> None:
     """It says where the models come from, and the memory that these settings need."""
     cfg = parse(name)
     assert set(downloads(name)) == {cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir}
-    student, teacher = (
-        from_hf_config(PUBLISHED[downloads(name)[folder]]["config"])
-        for folder in (cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir)
-    )
     assert (cfg.device, cfg.dtype) == ("cuda", "bf16")
     plain, checkpointed = (
-        memory.estimate(
-            student,
-            teacher,
-            dtype=torch.bfloat16,
-            batch_size=cfg.batch_size,
-            seq_len=cfg.tokenizer.max_seq_len,
-            activation_checkpointing=checkpointing,
-            loss_chunk_size=cfg.loss_chunk_size,
-        )
-        for checkpointing in (cfg.enable_activation_checkpointing, True)
+        estimate(name, checkpointing, "cuda") for checkpointing in (cfg.enable_activation_checkpointing, True)
     )
     large, small = (int(size) for size in re.findall(r"for a GPU of (\d+) GB", header(name)))
     assert (
@@ -165,9 +170,9 @@ def test_dry_run(name: str, workplace: Path, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().out
     for folder, hub_name in downloads(name).items():
         assert f"{folder}: {PUBLISHED[hub_name]['parameters'] / 1e6:,.1f} M parameters" in told
-    printed = re.search(r"^memory +(about .*\)) when", told, re.MULTILINE)
-    assert printed
-    assert printed[1] in header(name)
+    # A GPU, for which the header says it, is given larger chunks of the loss.
+    expected = estimate(name, parse(name).enable_activation_checkpointing, "cpu")
+    assert re.search(rf"^memory +about {re.escape(str(expected))} when", told, re.MULTILINE)
     assert re.search(r"^run +4 steps, bf16", told, re.MULTILINE), "98 of 100 rows, 32 in a step"
     assert not Path("runs").exists()
 
