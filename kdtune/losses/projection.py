@@ -119,7 +119,7 @@ def _times(logits_grad: Tensor, weight: Tensor) -> Tensor:
     out = logits_grad.new_zeros(len(logits_grad), weight.shape[1])
     block = _rows_at_a_time(weight, out.dtype)
     for columns, rows in zip(logits_grad.split(block, dim=1), weight.split(block), strict=True):
-        out.addmm_(columns, rows.to(out.dtype))
+        torch.addmm(out, columns, rows.to(out.dtype), out=out)
     return out
 
 
@@ -129,7 +129,7 @@ def _add_outer(out: Tensor, logits_grad: Tensor, rounded: Tensor, x: Tensor) -> 
         torch.addmm(out, rounded.T, x, out_dtype=out.dtype, out=out)
     else:
         with _bf16_products(x.dtype == torch.bfloat16):
-            out.addmm_(logits_grad.T, x.to(out.dtype))
+            torch.addmm(out, logits_grad.T, x.to(out.dtype), out=out)
 
 
 def _rows_at_a_time(weight: Tensor, dtype: torch.dtype) -> int:
