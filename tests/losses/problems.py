@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kdtune.losses import IGNORE, Targets, distillation_loss
+from kdtune.losses import IGNORE, Loss, Targets, TopKTargets, distillation_loss
 
 
 def make_problem(dtype=torch.float64, v=123, v_t=None, d=31, d_t=17, b=3, s=47, bias=False, seed=0):
@@ -48,3 +48,69 @@ def chunked(problem, num_tokens=None, kd_ratio=0.5, **kwargs):
         kd_weight=kd_ratio,
         **kwargs,
     )
+
+
+def make_logits(n=29, v=37, size=2.0, seed=0, dtype=torch.float64):
+    """[n, v], of student and teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(size * torch.randn(n, v, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+def loss_of_logits(student, teacher, labels=None, num_tokens=1, **settings) -> Loss:
+    """The objective of logits, [..., v], as hidden states of a head that passes them on. `teacher`: logits or top k."""
+    labels = torch.zeros(student.shape[:-1], dtype=torch.long) if labels is None else labels
+    targets = teacher if isinstance(teacher, TopKTargets) else Targets(teacher, _identity(teacher))
+    settings = {"ce_weight": 0.0, "kd_weight": 1.0} | settings
+    return distillation_loss(student, _identity(student), labels, num_tokens, targets, **settings)
+
+
+def kd_and_grad(student, teacher, **settings):
+    """The divergence, summed over all positions, and its gradient to the student's logits."""
+    student = student.detach().requires_grad_()
+    loss = loss_of_logits(student, teacher, **settings)
+    return loss.kd, torch.autograd.grad(loss.total, student)[0]
+
+
+def _identity(logits):
+    head = nn.Linear(logits.shape[-1], logits.shape[-1], bias=False, dtype=logits.dtype)
+    nn.init.eye_(head.weight)
+    return head
+
+
+# Every divergence as a function of probabilities p and q, [n, v], by its definition.
+
+
+def _log(x):
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
+def kl(p, q):
+    impossible = ((p > 0) & (q == 0)).any(-1)
+    return (p * (_log(p) - _log(q))).sum(-1).masked_fill(impossible, torch.inf)
+
+
+def jsd(p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def adaptive_kl(p, q):
+    """With the head by a full sort."""
+    sorted_p, ids = p.sort(-1, descending=True)
+    in_head = sorted_p.cumsum(-1) <= 0.5
+    in_head[:, 0] = True
+    gap = (p - q).abs().gather(-1, ids).detach()
+    weight = (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    return weight * kl(p, q) + (1 - weight) * kl(q, p)
+
+
+DEFINITIONS = {
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "symmetric_kl": lambda p, q, beta=0.5: beta * kl(p, q) + (1 - beta) * kl(q, p),
+    "jsd": jsd,
+    "skew_forward_kl": lambda p, q, alpha=0.1: kl(p, alpha * p + (1 - alpha) * q),
+    "skew_reverse_kl": lambda p, q, alpha=0.1: kl(q, alpha * q + (1 - alpha) * p),
+    "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
+    "adaptive_kl": adaptive_kl,
+}
