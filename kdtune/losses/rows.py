@@ -176,8 +176,11 @@ def _sparse_divergence(
     if settings.convention == "student_full":
         log_p = log_p.log_softmax(-1)
     if settings.convention == "bucket":
-        # Not 1 - sum q: of a small rest nothing would be left but rounding.
-        log_q_rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp_(min=_LOG_ZERO)  # [r, 1]
+        # Not 1 - sum q: of a small rest nothing would be left but rounding. And of an empty one 1 - sum p is no more.
+        others_log_q = log_q.scatter(-1, ids, -torch.inf)  # [r, v]
+        log_q_rest = others_log_q.logsumexp(-1, keepdim=True).clamp_(min=_LOG_ZERO)  # [r, 1]
+        if ids.shape[-1] == log_q.shape[-1]:
+            log_rest = torch.full_like(log_rest, _LOG_ZERO)
         log_p = torch.cat([log_p, log_rest], -1)
         top_log_q = torch.cat([top_log_q, log_q_rest], -1)
     log_p = log_p.clamp(min=_LOG_ZERO)
@@ -196,11 +199,10 @@ def _sparse_divergence(
     if settings.convention == "renormalised":
         return _Divergence(value, sparse=(ids, slopes - top_log_q.exp() * pull))
     if settings.convention == "bucket":
-        # The bucket pulls on each of its entries by their share in it. That is written for all entries, and taken back
-        # from those that are not in it.
-        top_slopes, rest_slope = slopes[:, :-1], slopes[:, -1:]
-        rest_pull = rest_slope / top_log_q[:, -1:].exp().clamp_(min=torch.finfo(slopes.dtype).tiny)  # [r, 1]
-        return _Divergence(value, pull - rest_pull, sparse=(ids, top_slopes - top_log_q[:, :-1].exp() * rest_pull))
+        # The bucket pulls on each of its entries by their share in it. The share is made of logarithms, and for these
+        # entries alone: it can be a small number divided by a smaller one, which must not be added and taken back.
+        others = others_log_q.sub_(log_q_rest).exp_().mul_(slopes[:, -1:])
+        return _Divergence(value, pull, dense=others, sparse=(ids, slopes[:, :-1]))
     return _Divergence(value, pull, sparse=(ids, slopes))
 
 

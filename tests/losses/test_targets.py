@@ -1,0 +1,231 @@
+"""A teacher known by its top k: each convention against its definition in float64."""
+
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from problems import DEFINITIONS, kd_and_grad, kl, loss_of_logits, make_logits
+
+from kdtune.losses import DivergenceName, TopKTargets, by_autograd, divergence
+from kdtune.losses.targets import Convention
+
+NAMES = get_args(DivergenceName)
+CONVENTIONS = get_args(Convention)
+every_divergence = pytest.mark.parametrize("name", NAMES)
+every_convention = pytest.mark.parametrize("convention", CONVENTIONS)
+
+
+def top_k(teacher, k, convention="bucket", log_rest=None):
+    """Of logits [n, v], as a cache would hold it."""
+    log_probs, ids = teacher.log_softmax(-1).topk(k)
+    return TopKTargets(ids, log_probs, log_rest, convention)
+
+
+def defined(student, targets, name="forward_kl", temperature=1.0):
+    """The sum over the rows and its gradient by autograd, from all of the student's probabilities."""
+    student = student.detach().double().requires_grad_()
+    p, q = targets.log_probs.double().exp(), student.softmax(-1).gather(-1, targets.ids)
+    if targets.convention == "bucket":
+        in_bucket = torch.ones_like(student).scatter(-1, targets.ids, 0)
+        q_rest = (student.softmax(-1) * in_bucket).sum(-1, keepdim=True)
+        p_rest = 1 - p.sum(-1, keepdim=True) if targets.log_rest is None else targets.log_rest.double().exp()[:, None]
+        kd = DEFINITIONS[name](torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1)).sum()
+    elif targets.convention == "renormalised":
+        p = p ** (1 / temperature)
+        q = (student.gather(-1, targets.ids) / temperature).softmax(-1)
+        kd = DEFINITIONS[name](p / p.sum(-1, keepdim=True), q).sum() * temperature**2
+    elif targets.convention == "student_full":
+        kd = kl(p / p.sum(-1, keepdim=True), q).sum()
+    else:
+        kd = (p * (p.log() - q.log())).sum()
+    return kd.detach(), torch.autograd.grad(kd, student)[0]
+
+
+def assert_equal(actual, expected, rtol=1e-10, atol=1e-13):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("k", [1, 2, 11, 36])
+@pytest.mark.parametrize(
+    ("convention", "name"),
+    [
+        *((convention, name) for convention in ("bucket", "renormalised") for name in NAMES),
+        ("partial", "forward_kl"),
+        ("student_full", "forward_kl"),
+    ],
+)
+def test_equals_its_definition(convention, name, k):
+    student, teacher = make_logits()
+    targets = top_k(teacher, k, convention)
+    assert_equal(kd_and_grad(student, targets, divergence=divergence(name)), defined(student, targets, name))
+
+
+@every_divergence
+def test_renormalised_softens_both_sides(name):
+    student, teacher = make_logits()
+    targets = top_k(teacher, 8, "renormalised")
+    actual = kd_and_grad(student, targets, divergence=divergence(name), temperature=2.5)
+    assert_equal(actual, defined(student, targets, name, 2.5))
+    chosen = [x.gather(-1, targets.ids) for x in (student, teacher)]  # the same without the rest of the vocabulary
+    torch.testing.assert_close(actual[0], kd_and_grad(*chosen, divergence=divergence(name), temperature=2.5)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("convention", "name"), [*(("bucket", name) for name in NAMES), *((c, "forward_kl") for c in CONVENTIONS)]
+)
+def test_all_tokens_are_the_whole_distribution(convention, name, dtype):
+    student, teacher = make_logits(dtype=dtype)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    actual = kd_and_grad(student, top_k(teacher, 37, convention), divergence=divergence(name))
+    assert_equal(actual, kd_and_grad(student, teacher, divergence=divergence(name)), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive_kl"])
+@pytest.mark.parametrize("size", [0.1, 3.0])
+def test_bucket_grows_with_k_from_above_0_to_the_whole_divergence(name, size):
+    """As merging outcomes only ever loses information. The weights of `adaptive_kl` depend on what was merged."""
+    student, teacher = make_logits(size=size)
+    kds = [
+        loss_of_logits(student[:1], top_k(teacher[:1], k), divergence=divergence(name)).kd for k in (1, 3, 9, 20, 36)
+    ]
+    kds.append(loss_of_logits(student[:1], teacher[:1], divergence=divergence(name)).kd)
+    assert kds[0] >= 0
+    assert all(a <= b + 1e-12 for a, b in pairwise(kds))
+
+
+def test_a_partial_sum_is_no_divergence_and_its_bucket_is():
+    teacher = torch.tensor([[2.0, 1, 0, 0]])
+    student = torch.tensor([[5.0, 4, 0, 0]])  # gives more to both of the top 2
+    assert loss_of_logits(student, top_k(teacher, 2, "partial")).kd < -0.1
+    assert loss_of_logits(student, top_k(teacher, 2, "bucket")).kd > 0
+
+
+def test_bucket_is_the_default_and_sees_what_the_student_gives_to_other_tokens():
+    teacher, student = torch.tensor([[4.0, 3, 0, 0]]), torch.tensor([[4.0, 3, 4, 0]])
+    log_probs, ids = teacher.log_softmax(-1).topk(2)
+    assert loss_of_logits(student, TopKTargets(ids, log_probs)).kd > 0.1
+    assert loss_of_logits(student, TopKTargets(ids, log_probs, convention="renormalised")).kd.abs() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("lead", [0.0, 10.0, 20.0, 30.0, 100.0])
+def test_bucket_is_exact_in_float32_however_little_the_student_leaves_for_it(name, lead):
+    student, teacher = make_logits(n=20, v=500, size=1, dtype=torch.float32)
+    targets = top_k(teacher, 20)
+    student.scatter_add_(-1, targets.ids, torch.full(targets.ids.shape, lead))
+    kd, grad = kd_and_grad(student, targets, divergence=divergence(name))
+    expected, expected_grad = defined(student, targets, name)
+    torch.testing.assert_close(kd.double(), expected, rtol=1e-5, atol=0)
+    assert (grad - expected_grad).norm() < 1e-5 * expected_grad.norm()
+
+
+def test_the_rest_is_given_or_computed():
+    student, teacher = make_logits()
+    log_rest = teacher.log_softmax(-1).sort(-1, descending=True)[0][:, 5:].logsumexp(-1)
+    given, computed = top_k(teacher, 5, log_rest=log_rest), top_k(teacher, 5)
+    assert_equal(kd_and_grad(student, given), defined(student, given))
+    assert_equal(kd_and_grad(student, given), kd_and_grad(student, computed))
+    shaped = TopKTargets(given.ids[None], given.log_probs[None], given.log_rest[None])  # [b, s, k] and [b, s]
+    assert torch.equal(loss_of_logits(student[None], shaped).kd, loss_of_logits(student, given).kd)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"])
+def test_a_teacher_that_leaves_nothing_for_the_rest(name, given):
+    student, teacher = make_logits()
+    teacher[:, 5:] = -torch.inf
+    log_probs = teacher[:, :5].log_softmax(-1)
+    ids = torch.arange(5).expand_as(log_probs)
+    targets = TopKTargets(ids, log_probs, torch.full((len(ids),), -torch.inf) if given else None)
+    exact = TopKTargets(ids, log_probs, torch.full((len(ids),), -torch.inf))
+    expected = defined(student, exact, name)
+    assert_equal(kd_and_grad(student, targets, divergence=divergence(name)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_reverse_kl_is_infinite_where_the_teacher_leaves_nothing_for_the_rest():
+    student, teacher = make_logits()
+    targets = top_k(teacher, 5, log_rest=torch.full((len(teacher),), -torch.inf))
+    assert loss_of_logits(student, targets, divergence=divergence("reverse_kl")).kd == torch.inf
+
+
+@every_convention
+def test_the_student_may_have_more_tokens_than_its_teacher(convention):
+    student, _ = make_logits(v=50)
+    _, teacher = make_logits(v=37)
+    targets = top_k(teacher, 6, convention)
+    assert_equal(kd_and_grad(student, targets), defined(student, targets))
+
+
+@every_convention
+def test_order_of_the_tokens_is_free(convention):
+    student, teacher = make_logits()
+    targets = top_k(teacher, 6, convention)
+    shuffled = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    again = TopKTargets(targets.ids[:, shuffled], targets.log_probs[:, shuffled], convention=convention)
+    assert_equal(kd_and_grad(student, again), kd_and_grad(student, targets))
+
+
+@every_convention
+def test_beside_the_cross_entropy_over_chunks(convention):
+    """All parts of the gradient meet in one buffer, here 4 rows at a time, of which some are not labelled."""
+    student, teacher = make_logits()
+    targets = top_k(teacher, 6, convention)
+    labels = torch.arange(29) % 37
+    labels[::3] = -100
+    student.requires_grad_()
+    settings = {"ce_weight": 0.3, "kd_weight": 0.7}
+    loss = loss_of_logits(student, targets, labels, 19, chunk_size=4, label_smoothing=0.1, **settings)
+    (grad,) = torch.autograd.grad(loss.total, student)
+    mask = labels != -100
+    ce = torch.nn.functional.cross_entropy(student[mask], labels[mask], label_smoothing=0.1)
+    (ce_grad,) = torch.autograd.grad(ce, student)
+    kd, kd_grad = defined(student[mask], TopKTargets(targets.ids[mask], targets.log_probs[mask], None, convention))
+    expected = 0.3 * ce_grad
+    expected[mask] += 0.7 * kd_grad / 19
+    assert_equal((loss.total.detach(), grad), (0.3 * ce.detach() + 0.7 * kd / 19, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cache_in_half_precision_is_read_as_what_it_says(dtype):
+    student, teacher = make_logits(dtype=torch.float32)
+    targets = top_k(teacher, 5)
+    half = TopKTargets(targets.ids, targets.log_probs.to(dtype))
+    assert_equal(kd_and_grad(student, half), defined(student, half), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("convention", "settings", "reason"),
+    [
+        *(
+            (convention, {"divergence": function}, f"Top-k targets, {convention}: defined for forward_kl only")
+            for convention in ("partial", "student_full")
+            for function in (divergence("reverse_kl"), divergence("jsd", beta=0.1), by_autograd(lambda p, q: q[:, 0]))
+        ),
+        *(
+            (convention, {"temperature": 2.0}, "temperature=2.0: the top k at temperature 1 do not tell")
+            for convention in ("bucket", "partial", "student_full")
+        ),
+        *((convention, {"teacher_share": 0.5}, "the teacher's whole distribution") for convention in CONVENTIONS),
+        *((convention, {"label_margin": 0.1}, "the teacher's whole distribution") for convention in CONVENTIONS),
+        *(
+            (convention, {"with_metrics": True}, "Metrics compare with the teacher's whole")
+            for convention in CONVENTIONS
+        ),
+    ],
+)
+def test_refusals(convention, settings, reason):
+    student, teacher = make_logits()
+    with pytest.raises(ValueError, match=reason):
+        loss_of_logits(student, top_k(teacher, 5, convention), **settings)
+
+
+def test_nothing_labelled_is_zero_with_a_graph():
+    student, teacher = make_logits()
+    student.requires_grad_()
+    loss = loss_of_logits(student, top_k(teacher, 5), torch.full((29,), -100))
+    loss.total.backward()
+    assert loss.total == 0
+    assert student.grad.abs().max() == 0
