@@ -139,21 +139,21 @@ def main(cfg: Config) -> None:
                 hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
                 loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, step / inputs.num_steps)
                 loss.total.backward()
-                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor / len(micro_batches)])
+                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
 
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                (loss_value, ce_loss, kd_loss, kd_factor), grad_norm = sums.tolist(), norm.item()
+                (loss_value, ce_loss, kd_loss, balanced_kd), grad_norm = sums.tolist(), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
                     raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
-                    **({"kd_factor": kd_factor} if cfg.kd_loss.balance else {}),
+                    **({"kd_factor": balanced_kd / (kd_loss or 1)} if cfg.kd_loss.balance else {}),
                     "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
@@ -335,7 +335,7 @@ def evaluate(
     cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
 ) -> dict[str, float]:
     """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
-    sums, num_tokens = torch.zeros(5, device=inputs.device), 0
+    sums, num_tokens = torch.zeros(6, device=inputs.device), 0
     for batch in batches:
         batch = batch.to(inputs.device)
         targets = teacher(batch)
@@ -344,9 +344,10 @@ def evaluate(
         loss = losses.distillation_loss(
             hidden, student.head, batch.labels, 1, targets, chunk_size=cfg.loss_chunk_size, with_metrics=True
         )
-        sums += torch.stack([loss.ce, loss.kd, loss.agreement, loss.teacher_ce, loss.teacher_entropy])
+        values = (loss.ce, loss.kd, loss.agreement, loss.student_entropy, loss.teacher_ce, loss.teacher_entropy)
+        sums += torch.stack(values)
         num_tokens += batch.num_labels
-    names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_teacher_ce_loss", "val_teacher_entropy")
+    names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_entropy", "val_teacher_ce_loss", "val_teacher_entropy")
     return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
 
 

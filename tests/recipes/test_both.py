@@ -30,7 +30,14 @@ Recipe = Callable[..., Path]
 NAMES = {distil: "knowledge_distillation", finetune: "finetune"}
 LOSSES = {distil: {"loss", "ce_loss", "kd_loss"}, finetune: {"loss"}}
 VALIDATION = {
-    distil: {"val_ce_loss", "val_kd_loss", "val_agreement", "val_teacher_ce_loss", "val_teacher_entropy"},
+    distil: {
+        "val_ce_loss",
+        "val_kd_loss",
+        "val_agreement",
+        "val_entropy",
+        "val_teacher_ce_loss",
+        "val_teacher_entropy",
+    },
     finetune: {"val_loss"},
 }
 SPEAKERS = ("prompt", "teacher", "student", "model")

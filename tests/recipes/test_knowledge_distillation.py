@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import tiny_runs
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import distil
 
-from kdtune import checkpoint, data, tokenizers
+from kdtune import checkpoint, data, losses, tokenizers
 
 SHORT = ["epochs=1", "lr_scheduler.num_warmup_steps=1"]
 
@@ -203,6 +204,81 @@ def test_a_short_teacher_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         distil(tiny, tmp_path / "run", taught_by(folder))
     assert "max_seq_len is 64, and the teacher was built for 63" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", get_args(losses.DivergenceName))
+def test_every_divergence_trains(name: str, tiny: Path, tmp_path: Path) -> None:
+    run = distil(
+        tiny, tmp_path / "run", f"kd_loss.name={name}", "kd_ratio=1", "epochs=20", *tiny_runs.validated_on(tiny)
+    )
+    found = tiny_runs.steps(run)
+    assert found[-1]["kd_loss"] < 0.9 * found[0]["kd_loss"]
+    before, after = (line for line in tiny_runs.lines(run) if "val_kd_loss" in line)
+    assert after["val_kd_loss"] < before["val_kd_loss"], "the forward KL, whatever is trained on"
+
+
+def test_a_parameter_of_another_divergence_is_refused(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", "kd_loss.name=reverse_kl", "kd_loss.beta=0.3")
+    assert "beta=0.3 does not apply to reverse_kl; it belongs to symmetric_kl and jsd." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_reach_the_divergence(tiny: Path, tmp_path: Path) -> None:
+    def kd(*settings: str) -> float:
+        run = distil(tiny, tmp_path / "-".join(settings), *settings, "max_steps=1", "lr_scheduler.num_warmup_steps=0")
+        return tiny_runs.steps(run)[0]["kd_loss"]
+
+    forward, reverse = kd("kd_loss.name=forward_kl"), kd("kd_loss.name=reverse_kl")
+    assert kd("kd_loss.name=symmetric_kl", "kd_loss.beta=0.3") == pytest.approx(0.3 * forward + 0.7 * reverse, rel=1e-5)
+    assert kd("kd_loss.name=skew_forward_kl", "kd_loss.alpha=0.001") == pytest.approx(forward, rel=0.02)
+    assert kd("kd_loss.name=jsd", "kd_loss.beta=0.001") == pytest.approx(0.001 * forward, rel=0.02)
+
+
+def test_the_balance_is_logged_beside_what_it_balances(tiny: Path, tmp_path: Path) -> None:
+    for line in tiny_runs.steps(distil(tiny, tmp_path / "run", *SHORT, "kd_loss.balance=true", "kd_ratio=0.3")):
+        assert line["kd_factor"] == pytest.approx(line["ce_loss"] / line["kd_loss"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["ce_loss"], rel=1e-5)
+    assert "kd_factor" not in tiny_runs.steps(distil(tiny, tmp_path / "plain", *SHORT))[0]
+
+
+def test_the_teacher_s_share_of_the_target_rises_to_one(tiny: Path, tmp_path: Path) -> None:
+    """With the student in the target there is less to learn at first; at the last step it is the teacher alone."""
+    settings = ["kd_ratio=1", "optimizer.lr=1e-12", "shuffle=false", "epochs=3", "batch_size=10"]
+    shares = tiny_runs.steps(distil(tiny, tmp_path / "share", *settings, "kd_loss.initial_teacher_share=0.1"))
+    plain = tiny_runs.steps(distil(tiny, tmp_path / "plain", *settings))
+    ratios = [line["kd_loss"] / other["kd_loss"] for line, other in zip(shares, plain, strict=True)]
+    # The target's logits are share * teacher + (1 - share) * student: the divergence is about share^2 of the whole.
+    assert ratios == pytest.approx([0.4**2, 0.7**2, 1.0], rel=0.1)
+
+
+def test_smoothing_and_z_loss_are_trained_on_and_not_logged_as_cross_entropy(tiny: Path, tmp_path: Path) -> None:
+    settings = ["max_steps=1", "lr_scheduler.num_warmup_steps=0", "kd_ratio=0"]
+    changed, plain = (
+        tiny_runs.steps(distil(tiny, tmp_path / name, *settings, *more))[0]
+        for name, more in (("changed", ["ce_loss.label_smoothing=0.1", "ce_loss.z_loss=0.01"]), ("plain", []))
+    )
+    assert changed["ce_loss"] == plain["ce_loss"] == plain["loss"]
+    assert changed["loss"] > plain["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps(tiny: Path, tmp_path: Path) -> None:
+    compiled, eager = (
+        tiny_runs.steps(distil(tiny, tmp_path / str(flag), *SHORT, f"compile={flag}", "batch_size=10"))
+        for flag in ("true", "false")
+    )
+    for line, other in zip(compiled, eager, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", "compile=true")
+    assert "there is no no-such-compiler to compile it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["kd_ratio=1.5", "kd_ratio=-0.1", "kd_loss.temperature=0"])
