@@ -129,7 +129,6 @@ def distillation_loss(
         student_activation=student.activation,
         teacher_activation=teacher.activation if isinstance(teacher, Projection) else rows.Activation(),
         convention=teacher.convention if isinstance(teacher, TopKTargets) else None,
-        with_grad=torch.is_grad_enabled(),  # not to be had inside of an autograd.Function
         with_metrics=with_metrics,
     )
     sweep = _Sweep(student, teacher, labels, num_tokens, settings, chunk_size, compile)
@@ -139,7 +138,7 @@ def distillation_loss(
         _, ce, kd, *_ = sweep(weights)
         kd_factor = torch.where(kd > 0, ce / kd, kd_factor)
         weights[1] *= kd_factor
-    total, ce, kd, *metrics = _ChunkedLoss.apply(sweep, weights, *student.tensors)
+    total, ce, kd, *metrics = _ChunkedLoss.apply(sweep, weights, torch.is_grad_enabled(), *student.tensors)
     return Loss(total, ce, kd, kd_factor, *metrics)
 
 
@@ -201,17 +200,19 @@ class _Sweep:
         chunk_size: int | None,
         compile: bool,
     ):
-        device = labels.device
         self.student = student
-        self.teacher = teacher
         self.labels = labels.flatten()[:, None]  # [b * s, 1]
         self.num_tokens = num_tokens
         self.settings = settings
         self.dtype = torch.float64 if student.inputs[0].dtype == torch.float64 else torch.float32
-        teacher_vocab_size = teacher.vocab_size if isinstance(teacher, Projection) else 0
-        self.chunk_size = chunk_size or default_chunk_size(student.vocab_size, teacher_vocab_size, device)
+        self.teacher = teacher if isinstance(teacher, Projection) else None
+        self.top_k = teacher.flat(self.dtype) if isinstance(teacher, TopKTargets) else ()
+        self.teacher_vocab_size = 0 if self.teacher is None else self.teacher.vocab_size
+        self.chunk_size = chunk_size or default_chunk_size(student.vocab_size, self.teacher_vocab_size, labels.device)
         self.compile = compile
-        self.block_rows = block_rows(student.vocab_size, device)
+        self.block_rows = block_rows(student.vocab_size, labels.device)
+        if compile:  # for one shape only, so it should be one that even a short chunk has
+            self.block_rows = min(self.block_rows, 64)
 
     @torch.no_grad()
     def __call__(self, weights: Tensor, gradients: Gradients | None = None) -> Tensor:
@@ -221,33 +222,32 @@ class _Sweep:
         sums = weights.new_zeros(len(rows.SUMS))
         scored = (self.labels != IGNORE).nonzero()[:, 0]  # [t]
         size = min(self.chunk_size, len(scored))
-        logits_block = weights.new_empty(size, self.student.vocab_size)
-        teacher_block = weights.new_empty(size, self.teacher.vocab_size if isinstance(self.teacher, Projection) else 0)
+        student_buffer = weights.new_empty(size, self.student.vocab_size)
+        teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)
         for positions in scored.split(self.chunk_size) if len(scored) else ():
-            logits = self.student.logits(positions, logits_block)  # [n, v]
-            chunk = (logits, self.labels[positions], *self._teacher_rows(positions, teacher_block))
+            logits = self.student.logits(positions, student_buffer)  # [n, v]
+            teacher_chunk = tuple(x[positions] for x in self.top_k)
+            if self.teacher is not None:
+                teacher_chunk = (self.teacher.logits(positions, teacher_buffer),)  # [n, v_t]
+            chunk = (logits, self.labels[positions], *teacher_chunk)
             for block, labels, *teacher in zip(*(x.split(self.block_rows) for x in chunk), strict=True):
-                # Compiled for one shape only; the few rows that are left over cost nothing.
+                # The few rows that are left over cost little as they are.
                 score = _compiled_score() if self.compile and len(block) == self.block_rows else rows.score
                 sums += score(block, tuple(teacher), labels, weights, settings)
             if gradients is not None:
                 gradients.add(positions, logits)
         return sums / self.num_tokens
 
-    def _teacher_rows(self, positions: Tensor, block: Tensor) -> tuple[Tensor, ...]:
-        if self.teacher is None:
-            return ()
-        if isinstance(self.teacher, Projection):
-            return (self.teacher.logits(positions, block),)  # [n, v_t]
-        return tuple(x[positions] for x in self.teacher.flat(self.dtype))
-
 
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients in the forward, where the logits are at hand; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: _Sweep, weights: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        needed = [sweep.settings.with_grad and needed for needed in ctx.needs_input_grad[2:]]
+    def forward(
+        ctx: Any, sweep: _Sweep, weights: Tensor, with_grad: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        # Whether gradients are enabled cannot be seen from in here.
+        needed = [with_grad and needed for needed in ctx.needs_input_grad[3:]]
         gradients = Gradients(sweep.student, needed, sweep.dtype) if any(needed) else None
         ce_objective, *values = sweep(weights, gradients).unbind()
         ctx.save_for_backward(*(gradients.finish() if gradients else [None] * len(tensors)))
@@ -258,7 +258,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads = [None if grad is None or grad_total is None else grad * grad_total for grad in ctx.saved_tensors]
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 @functools.cache

@@ -52,8 +52,8 @@ class Settings:
     student_activation: Activation
     teacher_activation: Activation
     convention: Convention | None  # of a teacher's top k; None: logits, or no teacher
-    with_grad: bool
     with_metrics: bool
+    with_grad: bool = False
 
 
 @dataclass
