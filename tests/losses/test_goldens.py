@@ -154,7 +154,7 @@ def test_values_and_gradients_of_nvidias_tools(settings, value, gradient):
 
 
 def test_megatrons_balancer():
-    """LM + 2 (KL + cosine), each term rescaled to LM: three times LM, whatever the terms (5.061 of gradient with cosine's)."""
+    """LM + 2 (KL + cosine), each term rescaled to LM: 3 LM, whatever they are. The gradient, 5.061, has cosine's."""
     loss = loss_of_logits(NV_STUDENT, NV_TEACHER, NV_LABELS, 5, ce_weight=1.0, kd_weight=2.0, balance=True)
     assert loss.ce.item() == pytest.approx(4.048953, rel=1e-6)
     assert loss.total.item() == pytest.approx(12.146859169, rel=1e-6)
