@@ -211,13 +211,17 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _correct(log_p: Tensor, labels: Tensor, margin: float) -> None:
-    """Move the teacher towards the label, in place, by as little as makes it win by `margin`."""
+    """Move the teacher towards the label, in place, by as little as makes it win by `margin`.
+
+    Not where it does not know the label.
+    """
+    is_known = labels < log_p.shape[-1]
     labels = labels.clamp(max=log_p.shape[-1] - 1)
     p_label, p_max = log_p.gather(-1, labels).exp(), log_p.amax(-1, keepdim=True).exp()  # [r, 1]
     wrong = (p_max - p_label + margin) / (1 + p_max - p_label)
     right = (p_label + margin).clamp(max=1) - p_label
     right = right / (1 - p_label).clamp(min=torch.finfo(p_label.dtype).tiny)
-    share = torch.where(p_label < p_max, wrong, right)  # of the label's one-hot distribution in the mixture
+    share = torch.where(p_label < p_max, wrong, right) * is_known  # of the label's one-hot distribution in the mixture
     log_p += torch.log1p(-share).clamp(min=_LOG_ZERO)
     log_p.scatter_(-1, labels, (p_label + share * (1 - p_label)).log())
     log_p.clamp_(min=_LOG_ZERO)

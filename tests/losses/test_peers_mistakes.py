@@ -94,10 +94,11 @@ def test_padding_of_a_vocabulary_gets_no_probability(name, temperature):
     assert torch.equal(kd_and_grad(small[0], changed, **settings)[0], kd_and_grad(small[0], large[1], **settings)[0])
 
 
-def test_a_label_beyond_the_teachers_vocabulary_only_counts_in_the_cross_entropy():
+@pytest.mark.parametrize("label_margin", [0.0, 0.2])  # the teacher cannot be moved towards a token that it has not
+def test_a_label_beyond_the_teachers_vocabulary_only_counts_in_the_cross_entropy(label_margin):
     student, teacher = make_logits(v=45)[0], make_logits(v=37)[1]
     labels = torch.full((29,), 41)
-    loss = loss_of_logits(student, teacher, labels, 29)
+    loss = loss_of_logits(student, teacher, labels, 29, label_margin=label_margin)
     torch.testing.assert_close(loss.ce, nn.functional.cross_entropy(student, labels))
     torch.testing.assert_close(loss.kd, loss_of_logits(student, teacher, torch.zeros_like(labels), 29).kd)
 
