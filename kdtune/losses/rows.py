@@ -117,7 +117,7 @@ def score(
             teacher_logits = teacher_share * teacher_logits[:, :shared] + (1 - teacher_share) * logits[:, :shared]
         kd = _dense_divergence(logits, log_q, teacher_logits, labels, kd_weight, settings)
     else:
-        kd = _sparse_divergence(logits, log_q, teacher, kd_weight, settings)
+        kd = _sparse_divergence(log_q, teacher, kd_weight, settings)
 
     if settings.with_grad:
         # d CE / d logits = q - onehot(label)
@@ -160,7 +160,6 @@ def _dense_divergence(
 
 
 def _sparse_divergence(
-    logits: Tensor,
     log_q: Tensor,
     top_k: tuple[Tensor, ...],
     kd_weight: Tensor,
@@ -170,7 +169,7 @@ def _sparse_divergence(
     ids, log_p, log_rest = top_k
     if settings.convention == "renormalised":
         log_p = (log_p / settings.temperature).log_softmax(-1)
-        top_log_q = (logits.gather(-1, ids) / settings.temperature).log_softmax(-1).clamp_(min=_LOG_ZERO)  # [r, k]
+        top_log_q = (log_q.gather(-1, ids) / settings.temperature).log_softmax(-1).clamp_(min=_LOG_ZERO)  # [r, k]
     else:
         top_log_q = log_q.gather(-1, ids).clamp_(min=_LOG_ZERO)  # [r, k]
     if settings.convention == "student_full":

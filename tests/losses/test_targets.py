@@ -83,6 +83,18 @@ def test_all_tokens_are_the_whole_distribution(convention, name, dtype):
     assert_equal(actual, kd_and_grad(student, teacher, divergence=divergence(name)), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("convention", "temperature"), [("bucket", 1.0), ("renormalised", 1.0), ("renormalised", 2.0)])
+@every_divergence
+def test_of_a_student_from_its_own_top_k_is_nothing_to_the_last_bit(name, convention, temperature):
+    student, _ = make_logits(size=4, dtype=torch.float32)
+    ids = student.topk(5).indices
+    log_rest = student.log_softmax(-1).scatter(-1, ids, -torch.inf).logsumexp(-1)
+    targets = top_k(student, 5, convention, log_rest)
+    kd, grad = kd_and_grad(student, targets, divergence=divergence(name), temperature=temperature)
+    assert kd == 0
+    assert grad.abs().max() == 0
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive_kl"])
 @pytest.mark.parametrize("size", [0.1, 3.0])
 def test_bucket_grows_with_k_from_above_0_to_the_whole_divergence(name, size):
