@@ -160,8 +160,10 @@ def divergence(name: DivergenceName, *, beta: float | None = None, alpha: float 
         alpha: of `skew_forward_kl` and `skew_reverse_kl`, between 0 and 1; None: 0.1.
 
     Raises:
-        ValueError: a parameter that this divergence does not have, or that is out of its range.
+        ValueError: no such divergence, a parameter that it does not have, or one that is out of its range.
     """
+    if name not in _BY_NAME:
+        raise ValueError(f"there is no divergence {name!r}; known are {', '.join(_BY_NAME)}.")
     function = _BY_NAME[name]
     given = {key: value for key, value in (("beta", beta), ("alpha", alpha)) if value is not None}
     for key, value in given.items():

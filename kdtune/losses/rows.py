@@ -14,7 +14,7 @@ from kdtune.losses.divergences import Divergence
 from kdtune.losses.targets import Convention
 
 _LOG_ZERO = -1e38  # instead of -inf, so that 0 * log 0 is 0
-_INFINITE = 1e18  # a divergence beyond it has met log 0 where the other distribution is not 0
+_INFINITE = 1e12  # a divergence beyond it has met log 0 where the other distribution is not 0
 
 # What `score` sums over its rows. The first is what is trained on: with label smoothing and z-loss, if any.
 SUMS = ("ce_objective", "ce", "kd", "student_entropy", "teacher_ce", "teacher_entropy", "agreement")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class TopKTargets:
     Attributes:
         ids: [b, s, k], tokens of the student's vocabulary, none of them twice in a row.
         log_probs: [b, s, k], log p at temperature 1 over the whole vocabulary.
-        log_rest: [b, s], log of the probability of all other tokens; None: 1 - sum p.
+        log_rest: [b, s], log of the probability of all other tokens; None: of 1 - sum p, which is right however p was
+            rounded. Only `bucket` reads it.
         convention: one of the above.
     """
 
@@ -50,6 +51,10 @@ class TopKTargets:
     log_probs: Tensor
     log_rest: Tensor | None = None
     convention: Convention = "bucket"
+
+    def __post_init__(self) -> None:
+        if self.convention not in get_args(Convention):
+            raise ValueError(f"convention={self.convention}: known are {', '.join(get_args(Convention))}.")
 
     def flat(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """`ids` and `log_probs` [b * s, k] and `log_rest` [b * s, 1], logarithms in `dtype`."""

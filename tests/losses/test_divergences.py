@@ -243,6 +243,7 @@ def test_the_divergence_of_a_step_is_the_sum_over_its_rows():
         ("skew_reverse_kl", {"alpha": 0.1, "beta": 0.5}, "beta=0.5 does not apply"),
         *(("jsd", {"beta": beta}, f"beta={beta}: jsd needs one between 0 and 1") for beta in (0, 1, -0.1, 2)),
         ("skew_forward_kl", {"alpha": 1.0}, "alpha=1.0: skew_forward_kl needs one between 0 and 1"),
+        ("kullback", {}, "no divergence .kullback.; known are forward_kl, reverse_kl"),
     ],
 )
 def test_refusals(name, settings, reason):

@@ -241,3 +241,8 @@ def test_nothing_labelled_is_zero_with_a_graph():
     loss.total.backward()
     assert loss.total == 0
     assert student.grad.abs().max() == 0
+
+
+def test_an_unknown_convention_is_refused():
+    with pytest.raises(ValueError, match="convention=buckets: known are bucket, renormalised, partial, student_full"):
+        top_k(make_logits(4, 9)[1], 3, "buckets")
