@@ -209,7 +209,7 @@ def check(cfg: Config) -> Inputs:
     model_config = checkpoint.check_start(cfg.checkpointer, resume_from)
     model = models.from_hf_config(model_config)
 
-    tokenizer = tokenizers.load(tokenizer_path)
+    tokenizer = load_tokenizer(cfg)
     companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
     preflight.check_vocabulary(tokenizer, model, "model")
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
@@ -229,10 +229,40 @@ def check(cfg: Config) -> Inputs:
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
     preflight.check_disk_space(output_dir, memory.disk(model, dtype, save_dtype, cfg.save_every_n_steps > 0))
 
-    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
-    examples_val = cfg.dataset_val and data.load(
-        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val"
+    loaded = load_data(cfg, tokenizer)
+    done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
+
+    print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
+    print(f"data      {loaded.summary()}")
+    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
+    print(f"run       {steps}, into {output_dir}, {done} done")
+    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    return Inputs(
+        device=run_device,
+        dtype=dtype,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        companions=companions,
+        loader=loaded.loader,
+        val_batches=loaded.val_batches,
+        num_steps=loaded.num_steps,
+        lr_schedule=lr_schedule,
+        resume_from=resume_from,
     )
+
+
+def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
+    """The model's own, unless another is named."""
+    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir)
+
+
+def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer) -> data.RunData:
+    """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see."""
+    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
+    examples_val = None
+    if cfg.dataset_val is not None:
+        examples_val = data.load(cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val")
     val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
     loader = data.Loader(
         examples,
@@ -243,25 +273,7 @@ def check(cfg: Config) -> Inputs:
         seed=cfg.seed,
     )
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
-    done = checkpoint.check_resume(resume_from, loader, num_steps)
-    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, num_steps)
-
-    print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
-    print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
-    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}, {done} done")
-    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(
-        device=run_device,
-        dtype=dtype,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        companions=companions,
-        loader=loader,
-        val_batches=val_batches,
-        num_steps=num_steps,
-        lr_schedule=lr_schedule,
-        resume_from=resume_from,
-    )
+    return data.RunData(loader, num_steps, examples_val, val_batches)
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:

@@ -240,7 +240,7 @@ def check(cfg: Config) -> Inputs:
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
 
-    tokenizer = tokenizers.load(tokenizer_path)
+    tokenizer = load_tokenizer(cfg)
     companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
     preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
@@ -262,10 +262,47 @@ def check(cfg: Config) -> Inputs:
     preflight.check_disk_space(output_dir, memory.disk(student, dtype, save_dtype, cfg.save_every_n_steps > 0))
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
-    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
-    examples_val = cfg.dataset_val and data.load(
-        cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
+    loaded = load_data(cfg, tokenizer, vocab_size)
+    done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
+    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
+
+    print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
+    print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
+    print(f"data      {loaded.summary()}")
+    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
+    print(f"run       {steps}, into {output_dir}, {done} done")
+    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    return Inputs(
+        device=run_device,
+        dtype=dtype,
+        student_config=student_config,
+        tokenizer=tokenizer,
+        companions=companions,
+        loader=loaded.loader,
+        val_batches=loaded.val_batches,
+        num_steps=loaded.num_steps,
+        lr_schedule=lr_schedule,
+        resume_from=resume_from,
     )
+
+
+def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
+    """The student's own, unless another is named."""
+    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir)
+
+
+def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
+    """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see.
+
+    Args:
+        vocab_size: ids that the models have; None: they are not looked at.
+    """
+    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
+    examples_val = None
+    if cfg.dataset_val is not None:
+        examples_val = data.load(
+            cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
+        )
     val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
     loader = data.Loader(
         examples,
@@ -276,26 +313,7 @@ def check(cfg: Config) -> Inputs:
         seed=cfg.seed,
     )
     num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
-    done = checkpoint.check_resume(resume_from, loader, num_steps)
-    lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, num_steps)
-
-    print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
-    print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
-    print(f"data      {examples.summary()}" + (f"; validation: {examples_val.summary()}" if examples_val else ""))
-    print(f"run       {num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}, into {output_dir}, {done} done")
-    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
-    return Inputs(
-        device=run_device,
-        dtype=dtype,
-        student_config=student_config,
-        tokenizer=tokenizer,
-        companions=companions,
-        loader=loader,
-        val_batches=val_batches,
-        num_steps=num_steps,
-        lr_schedule=lr_schedule,
-        resume_from=resume_from,
-    )
+    return data.RunData(loader, num_steps, examples_val, val_batches)
 
 
 def objective(

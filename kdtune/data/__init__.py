@@ -9,5 +9,17 @@ from kdtune.data.batch import IGNORE, Batch, collate, count_labels
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples, load
 from kdtune.data.loader import Loader, batches
+from kdtune.data.view import RunData
 
-__all__ = ["IGNORE", "Batch", "DatasetConfig", "Examples", "Loader", "batches", "collate", "count_labels", "load"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "DatasetConfig",
+    "Examples",
+    "Loader",
+    "RunData",
+    "batches",
+    "collate",
+    "count_labels",
+    "load",
+]
