@@ -1,8 +1,11 @@
 """Where a run computes and in which number format."""
 
+import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import sys
 from typing import Literal
 
 import torch
@@ -43,13 +46,15 @@ def check_compiler(device: torch.device) -> None:
     """Find out whether torch.compile has what it needs.
 
     Raises:
-        ValueError: it would write C++ for the CPU, and there is no compiler.
+        ValueError: there is no compiler for the C++ that it writes on the CPU, or no triton on a GPU.
     """
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile=true needs the package triton on a GPU. Install it, or train with compile=false.")
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["clang++" if sys.platform == "darwin" else "g++"])[0]
+    if device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(
-            f"compile=true makes C++ code for the CPU, but there is no {' or '.join(compilers)} to compile it. "
-            "Install one or name one in the environment variable CXX, or train with compile=false."
+            f"compile=true makes C++ code for the CPU, but there is no {compiler} to compile it. Install it or name a "
+            "compiler in the environment variable CXX, or train with compile=false."
         )
 
 

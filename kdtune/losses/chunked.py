@@ -95,11 +95,13 @@ def distillation_loss(
         scale_by_temperature_squared: False leaves out the factor T^2, as TRL and Megatron-LM do.
         teacher_share: below 1, the target is softmax(share * teacher + (1 - share) * student / T), the student detached
             (Shing et al. 2025, "TAID", arXiv:2501.16937, equation 3); raise it to 1 in the course of training.
-        label_margin: above 0, the teacher's distribution is mixed with the label by as little as lets the label win by
-            this much probability (Model Optimizer's `MFTLoss`, where it is `threshold`).
+        label_margin: above 0, the teacher's distribution is mixed with the label: where the teacher would say something
+            else, by as little as lets the label win by this much probability; where it is right, the label gains as
+            much, up to 1 (Model Optimizer's `MFTLoss`, where it is `threshold`).
         balance: also multiply the divergence by ce / kd, as they are here, without gradient: it then weighs as much as
             the cross-entropy (Model Optimizer's `kd_loss_scale` is `kd_weight`). Costs one more product per model. The
-            factor is that of this call, so a step depends on its split into micro-batches.
+            factor is that of this call, so a step depends on its split into micro-batches. It grows without bound as
+            the student reaches the teacher.
         label_smoothing: share of the uniform distribution in the labels of the cross-entropy.
         z_loss: weight of (log sum exp logits)^2, added to the cross-entropy (Chowdhery et al. 2022, "PaLM",
             arXiv:2204.02311, section 5; 1e-4 there).
@@ -113,9 +115,6 @@ def distillation_loss(
     Raises:
         ValueError: a setting out of its range, or that these targets cannot serve.
     """
-    _check(targets, num_tokens, divergence, temperature, teacher_share, label_margin, with_metrics)
-    if targets is None and (balance or kd_weight != 0):
-        raise ValueError(f"kd_weight={kd_weight} and balance={balance} compare with a teacher, and there is none.")
     student = Projection(hidden, head)
     teacher = Projection(targets.hidden, targets.head) if isinstance(targets, Targets) else targets
     settings = rows.Settings(
@@ -129,17 +128,19 @@ def distillation_loss(
         student_activation=student.activation,
         teacher_activation=teacher.activation if isinstance(teacher, Projection) else rows.Activation(),
         convention=teacher.convention if isinstance(teacher, TopKTargets) else None,
+        teacher_vocab_size=teacher.vocab_size if isinstance(teacher, TopKTargets) else None,
         with_metrics=with_metrics,
     )
-    sweep = _Sweep(student, teacher, labels, num_tokens, settings, chunk_size, compile)
-    weights = torch.tensor([ce_weight, kd_weight, teacher_share], dtype=sweep.dtype, device=hidden.device)
+    _check(hidden, labels, num_tokens, targets, teacher_share, kd_weight, balance, chunk_size, settings)
+    sweep = _Sweep(student, teacher, labels, num_tokens, teacher_share, settings, chunk_size, compile)
+    weights = torch.tensor([ce_weight, kd_weight], dtype=sweep.dtype, device=hidden.device)
     kd_factor = torch.ones_like(weights[1])
     if balance:
-        _, ce, kd, *_ = sweep(weights)
-        kd_factor = torch.where(kd > 0, ce / kd, kd_factor)
+        means = sweep(weights)
+        kd_factor = torch.where(means["kd"] > 0, means["ce"] / means["kd"], kd_factor)
         weights[1] *= kd_factor
-    total, ce, kd, *metrics = _ChunkedLoss.apply(sweep, weights, torch.is_grad_enabled(), *student.tensors)
-    return Loss(total, ce, kd, kd_factor, *metrics)
+    total, *values = _ChunkedLoss.apply(sweep, weights, torch.is_grad_enabled(), *student.tensors)
+    return Loss(total=total, kd_factor=kd_factor, **dict(zip(rows.SUMS[1:], values, strict=True)))
 
 
 def default_chunk_size(vocab_size: int, teacher_vocab_size: int, device: torch.device) -> int:
@@ -157,32 +158,40 @@ def block_rows(vocab_size: int, device: torch.device) -> int:
 
 
 def _check(
-    targets: Targets | TopKTargets | None,
+    hidden: Tensor,
+    labels: Tensor,
     num_tokens: int | Tensor,
-    divergence: Divergence,
-    temperature: float,
+    targets: Targets | TopKTargets | None,
     teacher_share: float,
-    label_margin: float,
-    with_metrics: bool,
+    kd_weight: float,
+    balance: bool,
+    chunk_size: int | None,
+    settings: rows.Settings,
 ) -> None:
     if isinstance(num_tokens, int) and num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens}: a step without a labelled token teaches nothing.")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: both distributions are divided by it.")
-    if not 0 <= label_margin < 1:
-        raise ValueError(f"label_margin={label_margin}: the label wins by it, from 0 (off) to below 1.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: at least one token has to be looked at.")
     if not 0 < teacher_share <= 1:
         raise ValueError(f"teacher_share={teacher_share}: the target needs some of the teacher, above 0 and up to 1.")
-    if with_metrics and not isinstance(targets, Targets):
+    of_teacher = None if targets is None else targets.hidden if isinstance(targets, Targets) else targets.ids
+    if hidden.shape[:-1] != labels.shape or (of_teacher is not None and of_teacher.shape[:-1] != labels.shape):
+        raise ValueError(
+            f"positions do not match: labels {list(labels.shape)}, hidden states {list(hidden.shape)}, teacher "
+            f"{None if of_teacher is None else list(of_teacher.shape)}. Each position needs one of each."
+        )
+    if targets is None and (balance or kd_weight != 0):
+        raise ValueError(f"kd_weight={kd_weight} and balance={balance} compare with a teacher, and there is none.")
+    if settings.with_metrics and not isinstance(targets, Targets):
         raise ValueError("Metrics compare with the teacher's whole distribution, which these targets do not have.")
     if isinstance(targets, TopKTargets):
-        if teacher_share != 1 or label_margin != 0:
+        if teacher_share != 1 or settings.label_margin != 0:
             raise ValueError("teacher_share and label_margin need the teacher's whole distribution, not its top k.")
-        if targets.convention in ("partial", "student_full") and divergence is not forward_kl:
+        if targets.convention in ("partial", "student_full") and settings.divergence is not forward_kl:
             raise ValueError(f"Top-k targets, {targets.convention}: defined for forward_kl only. Take bucket.")
-        if targets.convention != "renormalised" and temperature != 1:
+        if targets.convention != "renormalised" and settings.temperature != 1:
             raise ValueError(
-                f"temperature={temperature}: the top k at temperature 1 do not tell what the other tokens have at "
+                f"temperature={settings.temperature}: the top k at temperature 1 do not tell what the others have at "
                 "another. Take temperature 1, or the convention renormalised."
             )
 
@@ -196,6 +205,7 @@ class _Sweep:
         teacher: Projection | TopKTargets | None,
         labels: Tensor,
         num_tokens: int | Tensor,
+        teacher_share: float,
         settings: rows.Settings,
         chunk_size: int | None,
         compile: bool,
@@ -205,6 +215,7 @@ class _Sweep:
         self.num_tokens = num_tokens
         self.settings = settings
         self.dtype = torch.float64 if student.inputs[0].dtype == torch.float64 else torch.float32
+        self.teacher_share = torch.tensor(teacher_share, dtype=self.dtype, device=labels.device)
         self.teacher = teacher if isinstance(teacher, Projection) else None
         self.top_k = teacher.flat(self.dtype) if isinstance(teacher, TopKTargets) else ()
         self.teacher_vocab_size = 0 if self.teacher is None else self.teacher.vocab_size
@@ -215,15 +226,19 @@ class _Sweep:
             self.block_rows = min(self.block_rows, 64)
 
     @torch.no_grad()
-    def __call__(self, weights: Tensor, gradients: Gradients | None = None) -> Tensor:
-        """Means in the order of `rows.SUMS`, [7], and, if asked, the gradients of their sum under `weights`."""
+    def __call__(self, weights: Tensor, gradients: Gradients | None = None) -> dict[str, Tensor]:
+        """Means by their names in `rows.SUMS`, and, if asked, the gradients of their sum under `weights`, [2]."""
+        with torch.autocast(weights.device.type, enabled=False):
+            sums = self._sum(weights / self.num_tokens, gradients)
+        return dict(zip(rows.SUMS, (sums / self.num_tokens).unbind(), strict=True))
+
+    def _sum(self, weights: Tensor, gradients: Gradients | None) -> Tensor:
         settings = dataclasses.replace(self.settings, with_grad=gradients is not None)
-        weights = torch.cat([weights[:2] / self.num_tokens, weights[2:]])
         sums = weights.new_zeros(len(rows.SUMS))
         scored = (self.labels != IGNORE).nonzero()[:, 0]  # [t]
         size = min(self.chunk_size, len(scored))
         student_buffer = weights.new_empty(size, self.student.vocab_size)
-        teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)
+        teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)  # free again once a chunk is scored
         for positions in scored.split(self.chunk_size) if len(scored) else ():
             logits = self.student.logits(positions, student_buffer)  # [n, v]
             teacher_chunk = tuple(x[positions] for x in self.top_k)
@@ -233,10 +248,10 @@ class _Sweep:
             for block, labels, *teacher in zip(*(x.split(self.block_rows) for x in chunk), strict=True):
                 # The few rows that are left over cost little as they are.
                 score = _compiled_score() if self.compile and len(block) == self.block_rows else rows.score
-                sums += score(block, tuple(teacher), labels, weights, settings)
+                sums += score(block, tuple(teacher), labels, weights, self.teacher_share, settings)
             if gradients is not None:
-                gradients.add(positions, logits)
-        return sums / self.num_tokens
+                gradients.add(positions, logits, buffer=teacher_buffer)
+        return sums
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -249,16 +264,22 @@ class _ChunkedLoss(torch.autograd.Function):
         # Whether gradients are enabled cannot be seen from in here.
         needed = [with_grad and needed for needed in ctx.needs_input_grad[3:]]
         gradients = Gradients(sweep.student, needed, sweep.dtype) if any(needed) else None
-        ce_objective, *values = sweep(weights, gradients).unbind()
+        ce_objective, *values = sweep(weights, gradients).values()
         ctx.save_for_backward(*(gradients.finish() if gradients else [None] * len(tensors)))
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
-        return weights[0] * ce_objective + weights[1] * values[1], *values
+        return _weighted(weights[0], ce_objective) + _weighted(weights[1], values[1]), *values
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("The objective has no second derivative: its gradient is a constant by now.")
         grads = [None if grad is None or grad_total is None else grad * grad_total for grad in ctx.saved_tensors]
         return None, None, None, *grads
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0, weight * value)  # also of an infinite value, which is not asked for then
 
 
 @functools.cache

@@ -18,7 +18,7 @@ class KDLossConfig:
     temperature: float = setting(1.0, gt=0)  # softens both distributions; 1 leaves them as they are
     scale_by_temperature_squared: bool = True  # keeps the gradient's size as the temperature grows
     initial_teacher_share: float = setting(1.0, gt=0, le=1)  # of the target, rising to 1; the student has the rest
-    label_margin: float = setting(0.0, ge=0, lt=1)  # correct the teacher until the label wins by it (MFT); 0: off
+    label_margin: float = setting(0.0, ge=0, lt=1)  # move the teacher towards the label, which wins by it (MFT); 0: off
     balance: bool = False  # rescale the divergence to the size of the cross-entropy before they are blended
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdtune.losses.rows import Activation
 
@@ -25,15 +25,24 @@ class Projection:
     """logits = head(hidden), as the factors of a product that is made where it is needed.
 
     Args:
-        hidden: [b, s, d].
-        head: has `weight`, [v, d], and `bias`, [v] or None, as `nn.Linear` does. It may also have `logit_scale` and
-            `soft_cap` (see `Activation`), and a method `factors(hidden)` that lists pairs ([b, s, d_i], [v, d_i]) whose
-            products it adds up, as a head with a low-rank adapter does.
+        hidden: [..., d].
+        head: an `nn.Linear`; or a module with its `weight` [v, d] and `bias` ([v] or None) and a method
+            `factors(hidden)`, which lists the pairs ([..., d_i], [v, d_i]) whose products `forward` adds up: one for a
+            plain head, two for one with a low-rank adapter. What `forward` does after that is said by the attributes
+            `logit_scale` and `soft_cap`, floats, if it has them (see `Activation`).
+
+    Raises:
+        ValueError: a head that computes something of its own, and does not say what.
     """
 
     def __init__(self, hidden: Tensor, head: Any):
+        if not hasattr(head, "factors") and getattr(type(head), "forward", None) is not nn.Linear.forward:
+            raise ValueError(
+                f"the head is a {type(head).__name__}, whose forward may be more than a product with its weight, which "
+                "would be ignored here. Give it a method factors(hidden), as kdtune.losses.Projection describes."
+            )
         factors = head.factors(hidden) if hasattr(head, "factors") else [(hidden, head.weight)]
-        self.inputs: list[Tensor] = [x.flatten(0, -2) for x, _ in factors]  # [b * s, d_i]
+        self.inputs: list[Tensor] = [x.flatten(0, -2) for x, _ in factors]  # [t, d_i]
         self.weights: list[Tensor] = [weight for _, weight in factors]  # [v, d_i]
         self.bias: Tensor | None = head.bias  # [v]
         self.activation = Activation(getattr(head, "logit_scale", 1.0), getattr(head, "soft_cap", None))
@@ -67,35 +76,51 @@ class Gradients:
     def __init__(self, projection: Projection, needed: Sequence[bool], sum_dtype: torch.dtype):
         inputs, weights, bias = projection.inputs, projection.weights, projection.bias
         self.projection = projection
-        self.inputs = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=False)]
+        self.inputs = [
+            torch.zeros_like(x, dtype=self._stored(x.dtype, sum_dtype)) if need else None
+            for x, need in zip(inputs, needed, strict=False)
+        ]
         self.weights = [
             torch.zeros_like(weight, dtype=sum_dtype) if need else None
             for weight, need in zip(weights, needed[len(inputs) :], strict=False)
         ]
         self.bias = torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needed[-1] else None
 
-    def add(self, rows: Tensor, logits_grad: Tensor) -> None:
-        """Add what positions `rows`, [n], with gradient `logits_grad`, [n, v], contribute."""
+    def add(self, rows: Tensor, logits_grad: Tensor, buffer: Tensor) -> None:
+        """Add what positions `rows`, [n], with gradient `logits_grad`, [n, v], contribute.
+
+        `buffer`, [>= n, any], is overwritten; where it is wide enough, it saves memory.
+        """
         projection = self.projection
-        any_bf16 = any(weight.dtype == torch.bfloat16 for weight in projection.weights)
-        rounded = logits_grad.to(torch.bfloat16) if any_bf16 else logits_grad
+        rounded = logits_grad
+        if any(weight.dtype == torch.bfloat16 for weight in projection.weights):
+            n, v = logits_grad.shape
+            buffer = buffer.view(torch.bfloat16)
+            rounded = buffer[:n, :v].copy_(logits_grad) if buffer.shape[1] >= v else logits_grad.to(torch.bfloat16)
         for x, weight, x_grad, weight_grad in zip(
             projection.inputs, projection.weights, self.inputs, self.weights, strict=True
         ):
             if x_grad is not None:
-                x_grad[rows] = _times(rounded if weight.dtype == rounded.dtype else logits_grad, weight).to(x.dtype)
+                x_grad[rows] = _times(rounded if weight.dtype == rounded.dtype else logits_grad, weight).to(
+                    x_grad.dtype
+                )
             if weight_grad is not None:
                 _add_outer(weight_grad, logits_grad, rounded, x[rows])
         if self.bias is not None:
             self.bias += logits_grad.sum(0)
 
     def finish(self) -> list[Tensor | None]:
-        """All of them, in the types of the tensors that they belong to."""
+        """All of them, in the order of the projection's `tensors`."""
         grads = [*self.inputs, *self.weights, self.bias]
         return [
-            None if grad is None or x is None else grad.to(x.dtype)
+            None if grad is None or x is None else grad.to(self._stored(x.dtype, grad.dtype))
             for grad, x in zip(grads, self.projection.tensors, strict=True)
         ]
+
+    @staticmethod
+    def _stored(dtype: torch.dtype, sum_dtype: torch.dtype) -> torch.dtype:
+        # float16 has to wait for the factor that the backward brings, without which small gradients are 0 in it.
+        return sum_dtype if dtype == torch.float16 else dtype
 
 
 def _add_product(out: Tensor, x: Tensor, weight: Tensor, beta: int) -> None:
@@ -115,6 +140,8 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor, beta: int) -> None:
 def _times(logits_grad: Tensor, weight: Tensor) -> Tensor:
     """logits_grad @ weight, [n, d] from [n, v] and [v, d]."""
     if logits_grad.dtype == weight.dtype:
+        if weight.is_cuda and weight.dtype == torch.bfloat16:  # its parts might be added in bf16 otherwise
+            return torch.mm(logits_grad, weight, out_dtype=torch.float32)
         return logits_grad @ weight
     out = logits_grad.new_zeros(len(logits_grad), weight.shape[1])
     block = _rows_at_a_time(weight, out.dtype)
@@ -139,11 +166,13 @@ def _rows_at_a_time(weight: Tensor, dtype: torch.dtype) -> int:
 @contextmanager
 def _bf16_products(wanted: bool) -> Iterator[None]:
     """Let the CPU multiply float32 tensors as bf16 and add in float32: exact for values that came from bf16."""
-    before = torch.get_float32_matmul_precision()
-    if wanted:
-        torch.set_float32_matmul_precision("medium")
+    if not wanted:
+        yield
+        return
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        if wanted:
-            torch.set_float32_matmul_precision(before)
+        backend.matmul.fp32_precision = before

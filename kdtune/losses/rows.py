@@ -52,12 +52,24 @@ class Settings:
     student_activation: Activation
     teacher_activation: Activation
     convention: Convention | None  # of a teacher's top k; None: logits, or no teacher
+    teacher_vocab_size: int | None  # of a teacher's top k; None: the student's
     with_metrics: bool
     with_grad: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        for name, is_right, why in (
+            ("temperature", self.temperature > 0, "both distributions are divided by it, so it must be positive"),
+            ("label_margin", 0 <= self.label_margin < 1, "the label wins by it, from 0 (off) to below 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share of the labels, from 0 (off) to below 1"),
+            ("z_loss", self.z_loss >= 0, "a weight, from 0 (off)"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)}: {why}.")
+
 
 @dataclass
-class _Divergence:
+class _Term:
     """The divergence of some rows, and what it adds to the gradient of the student's logits z.
 
     Attributes:
@@ -78,6 +90,7 @@ def score(
     teacher: tuple[Tensor, ...],
     labels: Tensor,
     weights: Tensor,
+    teacher_share: Tensor,
     settings: Settings,
 ) -> Tensor:
     """Sum the losses of the rows, and write the gradient of their weighted sum over the logits.
@@ -86,13 +99,14 @@ def score(
         logits: [r, v], the student's, before the activation; overwritten.
         teacher: (logits [r, v_t],), overwritten; or (ids, log_probs [r, k], log_rest [r, 1]); or ().
         labels: [r, 1].
-        weights: [3], of the cross-entropy, of the divergence, and of the teacher in the target (`teacher_share`).
+        weights: [2], of the cross-entropy and of the divergence.
+        teacher_share: [], of the teacher in the target, if `settings.mixes_student`.
         settings: the same for all rows.
 
     Returns:
         [7], in the order of `SUMS`, unweighted.
     """
-    ce_weight, kd_weight, teacher_share = weights
+    ce_weight, kd_weight = weights
     logits, activation_slope = settings.student_activation.apply(logits)
     log_q = logits.log_softmax(-1)  # [r, v]
     label_log_q = log_q.gather(-1, labels)  # [r, 1]
@@ -101,13 +115,13 @@ def score(
     if settings.label_smoothing:
         ce_objective = (1 - settings.label_smoothing) * ce - settings.label_smoothing * log_q.mean(-1).sum()
     if settings.z_loss:
-        log_z = logits.gather(-1, labels) - label_log_q  # [r, 1] logarithm of the sum that softmax divides by
+        log_z = logits.logsumexp(-1, keepdim=True)  # [r, 1]
         ce_objective = ce_objective + settings.z_loss * log_z.square().sum()
         q_weight = ce_weight * (1 + 2 * settings.z_loss * log_z)
 
     metrics = [torch.zeros_like(ce)] * 4
     if not teacher:
-        kd = _Divergence(torch.zeros_like(ce))
+        kd = _Term(torch.zeros_like(ce))
     elif settings.convention is None:
         teacher_logits, _ = settings.teacher_activation.apply(*teacher)
         if settings.with_metrics:
@@ -117,7 +131,7 @@ def score(
             teacher_logits = teacher_share * teacher_logits[:, :shared] + (1 - teacher_share) * logits[:, :shared]
         kd = _dense_divergence(logits, log_q, teacher_logits, labels, kd_weight, settings)
     else:
-        kd = _sparse_divergence(log_q, teacher, kd_weight, settings)
+        kd = _sparse_divergence(logits, log_q, teacher, kd_weight, settings)
 
     if settings.with_grad:
         # d CE / d logits = q - onehot(label)
@@ -136,7 +150,7 @@ def score(
 
 def _dense_divergence(
     logits: Tensor, log_q: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: Tensor, settings: Settings
-) -> _Divergence:
+) -> _Term:
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
     student_logits, teacher_logits = logits[:, :shared], teacher_logits[:, :shared]
     # At temperature 1 and over the same entries the student's distribution is that of the cross-entropy.
@@ -151,22 +165,22 @@ def _dense_divergence(
     values, slopes = settings.divergence(log_p, log_q)
     value = _sum(values) * settings.kd_scale
     if not settings.with_grad:
-        return _Divergence(value)
+        return _Term(value)
     slopes = slopes * (kd_weight * (settings.kd_scale / settings.temperature))
     pull = slopes.sum(-1, keepdim=True)
     if same:
-        return _Divergence(value, pull, dense=slopes)
-    return _Divergence(value, dense=slopes.addcmul_(log_q.exp_(), pull, value=-1))
+        return _Term(value, pull, dense=slopes)
+    return _Term(value, dense=slopes.addcmul_(log_q.exp_(), pull, value=-1))
 
 
 def _sparse_divergence(
-    log_q: Tensor,
-    top_k: tuple[Tensor, ...],
-    kd_weight: Tensor,
-    settings: Settings,
-) -> _Divergence:
+    logits: Tensor, log_q: Tensor, top_k: tuple[Tensor, ...], kd_weight: Tensor, settings: Settings
+) -> _Term:
     """Of the teacher's top k. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further."""
     ids, log_p, log_rest = top_k
+    shared = settings.teacher_vocab_size or log_q.shape[-1]
+    same = shared == log_q.shape[-1]
+    log_q = log_q if same else logits[:, :shared].log_softmax(-1)
     if settings.convention == "renormalised":
         log_p = (log_p / settings.temperature).log_softmax(-1)
         top_log_q = (log_q.gather(-1, ids) / settings.temperature).log_softmax(-1).clamp_(min=_LOG_ZERO)  # [r, k]
@@ -192,17 +206,21 @@ def _sparse_divergence(
         values, slopes = settings.divergence(log_p, top_log_q)
     value = _sum(values) * settings.kd_scale
     if not settings.with_grad:
-        return _Divergence(value)
+        return _Term(value)
     slopes = slopes * (kd_weight * (settings.kd_scale / settings.temperature))
     pull = slopes.sum(-1, keepdim=True)
     if settings.convention == "renormalised":
-        return _Divergence(value, sparse=(ids, slopes - top_log_q.exp() * pull))
+        return _Term(value, sparse=(ids, slopes - top_log_q.exp() * pull))
     if settings.convention == "bucket":
         # The bucket pulls on each of its entries by their share in it. The share is made of logarithms, and for these
         # entries alone: it can be a small number divided by a smaller one, which must not be added and taken back.
         others = others_log_q.sub_(log_q_rest).exp_().mul_(slopes[:, -1:])
-        return _Divergence(value, pull, dense=others, sparse=(ids, slopes[:, :-1]))
-    return _Divergence(value, pull, sparse=(ids, slopes))
+        if not same:
+            others.addcmul_(log_q.exp_(), pull, value=-1)
+        return _Term(value, pull if same else 0.0, dense=others, sparse=(ids, slopes[:, :-1]))
+    if not same:
+        return _Term(value, dense=log_q.exp_().mul_(-pull), sparse=(ids, slopes))
+    return _Term(value, pull, sparse=(ids, slopes))
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -45,16 +45,20 @@ class TopKTargets:
         log_rest: [b, s], log of the probability of all other tokens; None: of 1 - sum p, which is right however p was
             rounded. Only `bucket` reads it.
         convention: one of the above.
+        vocab_size: entries of the teacher's vocabulary, if the student's has padding beyond it; None: the same.
     """
 
     ids: Tensor
     log_probs: Tensor
     log_rest: Tensor | None = None
     convention: Convention = "bucket"
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.convention not in get_args(Convention):
             raise ValueError(f"convention={self.convention}: known are {', '.join(get_args(Convention))}.")
+        if self.ids.shape != self.log_probs.shape:
+            raise ValueError(f"ids are {list(self.ids.shape)}, log_probs {list(self.log_probs.shape)}.")
 
     def flat(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """`ids` and `log_probs` [b * s, k] and `log_rest` [b * s, 1], logarithms in `dtype`."""

@@ -1,5 +1,6 @@
 """A teacher known by its top k: each convention against its definition in float64."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -246,3 +247,15 @@ def test_nothing_labelled_is_zero_with_a_graph():
 def test_an_unknown_convention_is_refused():
     with pytest.raises(ValueError, match="convention=buckets: known are bucket, renormalised, partial, student_full"):
         top_k(make_logits(4, 9)[1], 3, "buckets")
+
+
+@every_convention
+def test_padding_of_the_student_s_vocabulary_is_not_among_the_others(convention):
+    student, teacher = make_logits(9, 23)
+    teacher = teacher[:, :19]
+    whole, fewer = top_k(teacher, 19, convention), top_k(teacher, 5, convention)
+    for targets, expected in ((whole, kd_and_grad(student, teacher)), (fewer, kd_and_grad(student[:, :19], fewer))):
+        kd, grad = kd_and_grad(student, replace(targets, vocab_size=19))
+        torch.testing.assert_close(kd, expected[0])
+        torch.testing.assert_close(grad[:, :19], expected[1][:, :19])
+        assert grad[:, 19:].abs().max() == 0
