@@ -1,19 +1,41 @@
-"""Rows out of files, folders and the hub, each with the place that it came from."""
+"""Rows out of files, folders and the hub, each with the place that it came from, read as they are asked for."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast, final
 
 _SPLIT = re.compile(r"(?P<name>[^\[\]]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_BATCH_SIZE = 1024  # rows of a parquet file or a hub data set that are Python objects at one time
+_BLOCK_SIZE = 2**20  # characters of a text file that are looked at together
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        kind: which kind of trouble, in a few words without values, so that skipped rows can be counted by it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:  # it comes back from processes that tokenise
+        return BadRow, (self.kind, str(self))
 
 
 class Row(NamedTuple):
@@ -21,18 +43,84 @@ class Row(NamedTuple):
 
     columns: dict[str, Any]
     source: str
-    unit: str  # "row" or "line"
+    unit: str  # "row", "line" or "document"
     number: int  # from 1
+    error: BadRow | None = None  # why it could not be read; it has no columns then. The message names the place.
 
     @property
     def place(self) -> str:
         return f"{self.unit} {self.number:,} of {self.source}"
 
 
-def read(
-    source: str, *, split: str | None = None, subset: str | None = None, separator: str | None = None
-) -> list[Row]:
-    """Reads all rows of a file, of the data files in a folder, or of a data set on the hub.
+@dataclass(frozen=True)
+class Shard:
+    """A file, or a split on the hub.
+
+    Attributes:
+        name: for messages and cache keys.
+        files: what is on disk of it.
+        read: its rows, from the first.
+        count: how many rows `read` gives, for less than reading them where that is possible.
+        size: the same where it is known without looking at the rows; None: it is not.
+    """
+
+    name: str
+    files: list[Path]
+    read: Callable[[], Iterator[Row]]
+    count: Callable[[], int]
+    size: int | None = None
+
+
+@final
+class Rows:
+    """The rows of a source, as often as they are asked for; no more than a few exist at one time.
+
+    Attributes:
+        shards: where they are, in order.
+    """
+
+    def __init__(self, shards: Sequence[Shard], bounds: tuple[str | None, str | None]) -> None:
+        self.shards = list(shards)
+        self._bounds = bounds
+        self._range: tuple[int, int | None] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises BadRow where one cannot be read."""
+        for row in self.items():
+            if row.error is not None:
+                raise row.error
+            yield row
+
+    def items(self) -> Iterator[Row]:
+        """All rows, those that cannot be read with their `error`: they count when a split is taken."""
+        start, stop = self.range()
+        return islice(chain.from_iterable(shard.read() for shard in self.shards), start, stop)
+
+    def range(self) -> tuple[int, int | None]:
+        """First row, and the row behind the last; None: to the end. Counts the rows if percent or ends need it."""
+        if self._range is None:
+            needs_count = any(bound and (bound.endswith("%") or bound.startswith("-")) for bound in self._bounds)
+            if needs_count:
+                num_rows = sum(shard.count() for shard in self.shards)
+                start, stop = (_index(bound, num_rows) for bound in self._bounds)
+                self._range = slice(start, stop).indices(num_rows)[:2]
+            else:
+                start, stop = (None if bound is None else int(bound) for bound in self._bounds)
+                self._range = (start or 0, stop)
+        return self._range
+
+    def size(self) -> int | None:
+        """How many there are; None if that is not known without reading them."""
+        start, stop = self.range()
+        sizes = [shard.size for shard in self.shards]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        if stop is None:
+            return None if total is None else max(0, total - start)
+        return max(0, (stop if total is None else min(stop, total)) - start)
+
+
+def read(source: str, *, split: str | None = None, subset: str | None = None, separator: str | None = None) -> Rows:
+    """The rows of a file, of the data files in a folder, or of a data set on the hub.
 
     Args:
         source: path, or owner/name on the hub (only a name that is no path here is looked up there).
@@ -42,40 +130,35 @@ def read(
 
     Raises:
         FileNotFoundError: no such file, folder or hub data set.
-        ValueError: rows that cannot be read; the message says where.
+        ValueError: files that cannot be read. What is wrong in a file shows when its rows are gone through.
     """
-    name, part = _parse_split(split)
+    name, bounds = _parse_split(split)
     path = Path(source)
     if path.exists():
         if subset is not None:
             raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")
         if path.is_dir() and (path / "state.json").is_file():
-            rows = _from_saved(path)
-        else:
-            rows = [row for file in _files(path, name) for row in _read_file(file, separator)]
-    elif _HUB_NAME.fullmatch(source) and _kind(path) is None:
-        rows = _from_hub(source, subset, name or "train")
-    else:
-        raise FileNotFoundError(
-            f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
-            "the Hugging Face hub."
-        )
-    return rows[part(len(rows))]
+            return Rows([_saved(path)], bounds)
+        return Rows([_file(file, separator) for file in _files(path, name)], bounds)
+    if _HUB_NAME.fullmatch(source) and _kind(path) is None:
+        return Rows([_hub(source, subset, name or "train")], bounds)
+    raise FileNotFoundError(
+        f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
+        "the Hugging Face hub."
+    )
 
 
-def _parse_split(split: str | None) -> tuple[str | None, Callable[[int], slice]]:
+def _parse_split(split: str | None) -> tuple[str | None, tuple[str | None, str | None]]:
     match = _SPLIT.fullmatch(split or "")
     if match is None:
         raise ValueError(f"split={split} is not understood. Write a name, a slice or both: test, train[:90%], [:1000].")
+    return match["name"] or None, (match["start"], match["stop"])
 
-    def index(bound: str | None, num_rows: int) -> int | None:
-        if bound is None:
-            return None
-        return round(num_rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
 
-    return match["name"] or None, lambda num_rows: slice(
-        index(match["start"], num_rows), index(match["stop"], num_rows)
-    )
+def _index(bound: str | None, num_rows: int) -> int | None:
+    if bound is None:
+        return None
+    return round(num_rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
 
 
 def _files(path: Path, split: str | None) -> list[Path]:
@@ -135,7 +218,7 @@ def _kind(path: Path) -> str | None:
     return kinds.get(Path(name).suffix.lower())
 
 
-def _read_file(path: Path, separator: str | None) -> Iterator[Row]:
+def _file(path: Path, separator: str | None) -> Shard:
     kind = _kind(path)
     if kind is None:
         raise ValueError(
@@ -144,33 +227,55 @@ def _read_file(path: Path, separator: str | None) -> Iterator[Row]:
     if separator is not None and kind != "text":
         raise ValueError(f"separator={separator!r} is for text files, but {path} is {kind}. Leave it out.")
     if kind == "parquet":
-        yield from _read_parquet(path)
-        return
-    reader = {"json": _read_json, "jsonl": _read_lines, "csv": _read_csv, "text": _read_text}[kind]
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind == "text":
-                yield from _read_text(file, path, separator)
-            else:
-                yield from reader(file, path)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}. Convert it first."
-        ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a complete gzip file: {error}. Fetch it again.") from None
+        size = _parquet_size(path)
+        return Shard(str(path), [path], partial(_read_parquet, path), lambda: size, size)
+    readers: dict[str, Callable[[Path, IO[bytes]], Iterator[Row]]] = {
+        "json": _read_json,
+        "jsonl": _read_lines,
+        "csv": _read_csv,
+        "text": partial(_read_text, separator),
+    }
+    reader = readers[kind]
+
+    def read() -> Iterator[Row]:
+        try:
+            with _open(path) as file:
+                yield from reader(path, file)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}. Convert it first."
+            ) from None
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path} is not a complete gzip file: {error}. Fetch it again.") from None
+
+    return Shard(str(path), [path], read, lambda: _count(path, kind, read))
 
 
-def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
-    text = file.read()
+def _count(path: Path, kind: str, read: Callable[[], Iterator[Row]]) -> int:
+    if kind != "jsonl":
+        return sum(1 for _ in read())
+    with _open(path) as file:
+        first = file.readline().removeprefix(BOM_UTF8)
+        return sum(1 for line in chain([first], file) if line.strip())
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path) if path.name.endswith(".gz") else open(path, "rb"))
+
+
+def _text(file: IO[bytes]) -> IO[str]:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    text = file.read().decode("utf-8-sig")
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         first, _, rest = text.lstrip().partition("\n")
         if error.msg == "Extra data" and first.startswith("{") and rest.lstrip().startswith("{"):
             file.seek(0)  # one object per line under the name .json, as many data sets on the hub have it
-            yield from _read_lines(file, path)
+            yield from _read_lines(path, file)
             return
         raise ValueError(f"{path}, line {error.lineno:,}, column {error.colno}: broken json: {error.msg}.") from None
     if isinstance(content, dict):
@@ -188,67 +293,96 @@ def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
         yield _row(columns, path, "row", number)
 
 
-def _read_lines(file: IO[str], path: Path) -> Iterator[Row]:
+def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
-        line = line.rstrip()  # so that an error at its end is not told of the next line
+        line = (line.removeprefix(BOM_UTF8) if number == 1 else line).rstrip()  # an error at its end is of this line
         if not line:
             continue
         try:
-            columns = json.loads(line)
+            columns = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            message = f"{path}, line {number:,}, byte {error.start + 1}: not UTF-8 text: {error.reason}."
+            yield Row({}, str(path), "line", number, BadRow("not UTF-8", message))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number:,}, column {error.colno}: broken json: {error.msg}.") from None
-        yield _row(columns, path, "line", number)
+            message = f"{path}, line {number:,}, column {error.colno}: broken json: {error.msg}."
+            yield Row({}, str(path), "line", number, BadRow("broken json", message))
+        else:
+            yield _row(columns, path, "line", number)
 
 
 def _row(columns: Any, path: Path, unit: str, number: int) -> Row:
-    if not isinstance(columns, dict):
-        raise ValueError(
-            f"{unit} {number:,} of {path} is a {type(columns).__name__}, expected an object with named columns."
-        )
-    return Row(columns, str(path), unit, number)
+    if isinstance(columns, dict):
+        return Row(columns, str(path), unit, number)
+    message = f"{unit} {number:,} of {path} is a {type(columns).__name__}, expected an object with named columns."
+    return Row({}, str(path), unit, number, BadRow("not an object", message))
 
 
-def _read_csv(file: IO[str], path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is less than a long document
-    reader = csv.DictReader(file, strict=True)
+    reader = csv.DictReader(_text(file), strict=True)
     try:
         for number, columns in enumerate(reader, start=1):
             if None in columns or None in columns.values():
-                raise ValueError(
+                message = (
                     f"row {number:,} of {path} (it ends in line {reader.line_num:,}) does not have the "
                     f"{len(reader.fieldnames or ())} fields of the header: {', '.join(reader.fieldnames or ())}."
                 )
-            yield Row(columns, str(path), "row", number)
+                yield Row({}, str(path), "row", number, BadRow("wrong number of fields", message))
+            else:
+                yield Row(columns, str(path), "row", number)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num:,}: broken csv: {error}.") from None
 
 
-def _read_text(file: IO[str], path: Path, separator: str | None = None) -> Iterator[Row]:
-    text = file.read()
-    for number, document in enumerate(text.split(separator) if separator else [text], start=1):
+def _read_text(separator: str | None, path: Path, file: IO[bytes]) -> Iterator[Row]:
+    for number, document in enumerate(_documents(_text(file), separator), start=1):
         if document.strip():
             yield Row({"text": document}, str(path), "document", number)
+
+
+def _documents(file: IO[str], separator: str | None) -> Iterator[str]:
+    if not separator:
+        yield file.read()
+        return
+    rest = ""
+    while block := file.read(_BLOCK_SIZE):
+        *documents, rest = (rest + block).split(separator)
+        yield from documents
+    yield rest
+
+
+def _parquet_size(path: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}. Fetch it again.") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}. Fetch it again.") from None
-    for number, columns in enumerate(rows, start=1):
-        yield Row(columns, str(path), "row", number)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_SIZE):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield Row(columns, str(path), "row", number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet after row {number:,}: {error}. Fetch it again.") from None
 
 
-def _from_saved(path: Path) -> list[Row]:
+def _saved(path: Path) -> Shard:
     import datasets
 
-    return _numbered(datasets.load_from_disk(str(path)), str(path))
+    return _table(datasets.load_from_disk(str(path)), str(path))
 
 
-def _from_hub(source: str, subset: str | None, split: str) -> list[Row]:
+def _hub(source: str, subset: str | None, split: str) -> Shard:
     import datasets
 
     try:
@@ -258,8 +392,16 @@ def _from_hub(source: str, subset: str | None, split: str) -> list[Row]:
             f"no file or folder {source} here, and the Hugging Face hub did not give a data set of that name "
             f"(subset {subset or 'default'}, split {split}): {type(error).__name__}: {str(error).splitlines()[0][:300]}"
         ) from None
-    return _numbered(rows, f"{source} ({split})")
+    return _table(rows, f"{source} ({split})")
 
 
-def _numbered(rows: Any, source: str) -> list[Row]:
-    return [Row(dict(columns), source, "row", number) for number, columns in enumerate(rows, start=1)]
+def _table(table: Any, source: str) -> Shard:
+    def read() -> Iterator[Row]:
+        number = 0
+        for batch in table.iter(_BATCH_SIZE):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Row(dict(zip(batch, values, strict=True)), source, "row", number)
+
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return Shard(source, files, read, lambda: len(table), len(table))

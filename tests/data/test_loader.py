@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,9 @@ PAD = 999
 
 def make_examples(count: int = 11) -> Examples:
     """Examples of different lengths; example i consists of the token i."""
-    examples = Examples("dataset", 64)
-    for i in range(count):
-        length = 2 + (7 * i) % 5
-        examples.add_row([([i] * length, [False] * (length - 1) + [True])])
-    return examples
+    lengths = [2 + (7 * i) % 5 for i in range(count)]
+    rows = [[([i] * length, [False] * (length - 1) + [True])] for i, length in enumerate(lengths)]
+    return Examples.of("dataset", 64, rows)
 
 
 def seen(step: list[Batch]) -> list[int]:
@@ -132,7 +131,7 @@ def test_resuming_with_other_data_or_steps_is_refused(other: Loader, message: st
 
 def test_no_examples() -> None:
     with pytest.raises(ValueError, match="dataset has no examples"):
-        Loader(Examples("dataset", 8), batch_size=1)
+        Loader(Examples.of("dataset", 8, []), batch_size=1)
 
 
 def test_collate_pads_on_the_right() -> None:
@@ -179,8 +178,7 @@ def test_to() -> None:
 
 def test_examples_are_compact() -> None:
     examples = make_examples(1000)
-    stored = len(examples._tokens) * examples._tokens.itemsize + len(examples._is_label)
-    assert stored == 5 * (examples.num_tokens + len(examples))
+    assert examples.tokens.nbytes + examples.is_label.nbytes == 5 * (examples.num_tokens + len(examples))
     with pytest.raises(IndexError):
         examples[1000]
 
@@ -188,8 +186,21 @@ def test_examples_are_compact() -> None:
 def test_fingerprint() -> None:
     assert make_examples().fingerprint == make_examples().fingerprint
     assert make_examples().fingerprint != make_examples(10).fingerprint
-    other = Examples("dataset", 64)
-    other.add_row([([1, 2, 3], [False, True, True])])
-    same_tokens = Examples("dataset", 64)
-    same_tokens.add_row([([1, 2, 3], [False, False, True])])
+    other = Examples.of("dataset", 64, [[([1, 2, 3], [False, True, True])]])
+    same_tokens = Examples.of("dataset", 64, [[([1, 2, 3], [False, False, True])]])
     assert other.fingerprint != same_tokens.fingerprint
+
+
+def test_ids_name_examples_wherever_they_stand() -> None:
+    examples = make_examples(50)
+    assert len(set(examples.ids.tolist())) == 50
+    assert examples.lengths.tolist() == [examples.length(i) for i in range(50)]
+    rows = [
+        [([int(i) for i in examples.tokens[a:b]], [False] * (b - a - 1) + [True])]
+        for a, b in pairwise(examples.offsets)
+    ]
+    backwards = Examples.of("other", 32, rows[::-1])
+    assert backwards.ids.tolist() == examples.ids.tolist()[::-1]
+    assert backwards.fingerprint != examples.fingerprint
+    variants = [([1, 2, 3], [0, 1, 1]), ([1, 2, 3], [0, 0, 1]), ([2, 1, 3], [0, 1, 1]), ([1, 2, 3, 3], [0, 1, 1, 1])]
+    assert len({int(Examples.of("", 8, [[variant]]).ids[0]) for variant in variants}) == 4

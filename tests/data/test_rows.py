@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
 
 def test_places(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "\n" + lines(ROWS))
-    assert rows.read(str(path))[0].place == f"line 2 of {path}"
+    assert next(iter(rows.read(str(path)))).place == f"line 2 of {path}"
     path = write(tmp_path / "a.json", json.dumps(ROWS))
-    assert rows.read(str(path))[1].place == f"row 2 of {path}"
+    assert list(rows.read(str(path)))[1].place == f"row 2 of {path}"
 
 
 @pytest.mark.parametrize(
@@ -145,16 +146,16 @@ def test_places(tmp_path: Path) -> None:
 def test_broken_files(name: str, content: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):
-        rows.read(str(path))
+        list(rows.read(str(path)))
 
 
 def test_broken_encodings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8"):
-        rows.read(str(tmp_path / "a.jsonl"))
+        list(rows.read(str(tmp_path / "a.jsonl")))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode())[:-20])
     with pytest.raises(ValueError, match="not a complete gzip"):
-        rows.read(str(tmp_path / "b.jsonl.gz"))
+        list(rows.read(str(tmp_path / "b.jsonl.gz")))
 
 
 @pytest.mark.parametrize("source", ["data/missing.json", "/no/where", "./here", "a/b/c", "alpaca", "owner/set.jsonl"])
@@ -192,3 +193,28 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         rows.read(path, split="test")
     with pytest.raises(ValueError, match="subset of a hub data set"):
         rows.read(path, subset="main")
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(ROWS) + "broken\n")
+    found = rows.read(str(path))
+    assert next(iter(found)).columns == ROWS[0]
+    assert [row.columns for row in rows.read(str(path), split="[:10]")] == ROWS
+    assert sum(row.error is None for row in found.items()) == 10
+    with pytest.raises(rows.BadRow, match="line 11, column 1: broken json") as error:
+        list(found)
+    assert error.value.kind == "broken json"
+    assert pickle.loads(pickle.dumps(error.value)).kind == "broken json"
+
+
+def test_sizes(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", "\ufeff" + lines(ROWS) + "\n \n"))
+    sizes = {None: None, "[:3]": 3, "[50%:]": 5, "[-4:-1]": 3, "[3:2]": 0}
+    assert {split: rows.read(path, split=split).size() for split in sizes} == sizes
+
+
+def test_separators_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_BLOCK_SIZE", 5)
+    documents = ["a" * n for n in range(1, 12)]
+    path = write(tmp_path / "a.txt", "<end>".join(documents))
+    assert [row["text"] for row in columns_of(path, separator="<end>")] == documents
