@@ -54,7 +54,7 @@ def estimate(
         optimizer=2 * weights,
         teacher=0 if teacher is None else num_parameters(teacher) * size,
         activations=batch_size * seq_len * _activations_per_token(student, size, activation_checkpointing),
-        loss=_loss_bytes(student, teacher, size, loss_chunk_size, device),
+        loss=_loss_bytes(student, teacher, size, loss_chunk_size, batch_size * seq_len, device),
     )
 
 
@@ -89,12 +89,17 @@ def _activations_per_token(cfg: ModelConfig, size: int, checkpointing: bool) -> 
 
 
 def _loss_bytes(
-    student: ModelConfig, teacher: ModelConfig | None, size: int, chunk: int | None, device: torch.device
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    size: int,
+    chunk: int | None,
+    num_tokens: int,
+    device: torch.device,
 ) -> int:
     # In float32 whatever the models are in: a chunk of both models' logits, the gradient of the student's head, and
     # temporaries of some rows.
     teacher_vocab_size = 0 if teacher is None else teacher.vocab_size
-    chunk = chunk or losses.default_chunk_size(student.vocab_size, teacher_vocab_size, device)
+    chunk = min(chunk or losses.default_chunk_size(student.vocab_size, teacher_vocab_size, device), num_tokens)
     logits = 4 * chunk * (student.vocab_size + teacher_vocab_size)
     rows = 6 * 4 * min(losses.block_rows(student.vocab_size, device), chunk) * student.vocab_size
     head = student.vocab_size * student.hidden_size

@@ -223,7 +223,7 @@ def check(cfg: Config) -> Inputs:
     run_device = devices.resolve(cfg.device)
     if cfg.compile:
         devices.check_compiler(run_device)
-    losses.divergence(cfg.kd_loss.name, beta=cfg.kd_loss.beta, alpha=cfg.kd_loss.alpha)
+    losses.build_divergence(cfg.kd_loss)
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
@@ -335,7 +335,7 @@ def objective(
         targets,
         ce_weight=1 - cfg.kd_ratio,
         kd_weight=cfg.kd_ratio,
-        divergence=losses.divergence(kd.name, beta=kd.beta, alpha=kd.alpha),
+        divergence=losses.build_divergence(kd),
         temperature=kd.temperature,
         scale_by_temperature_squared=kd.scale_by_temperature_squared,
         teacher_share=kd.initial_teacher_share + (1 - kd.initial_teacher_share) * progress,

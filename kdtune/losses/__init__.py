@@ -1,7 +1,7 @@
 """The objective: cross-entropy on the labels blended with a divergence to the teacher, computed chunk by chunk."""
 
 from kdtune.losses.chunked import IGNORE, Loss, block_rows, default_chunk_size, distillation_loss
-from kdtune.losses.config import CELossConfig, KDLossConfig
+from kdtune.losses.config import CELossConfig, KDLossConfig, build_divergence
 from kdtune.losses.divergences import (
     Divergence,
     DivergenceName,
@@ -29,6 +29,7 @@ __all__ = [
     "TopKTargets",
     "adaptive_kl",
     "block_rows",
+    "build_divergence",
     "by_autograd",
     "default_chunk_size",
     "distillation_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdtune.config import setting
-from kdtune.losses.divergences import DivergenceName
+from kdtune.losses.divergences import Divergence, DivergenceName, divergence
 
 
 @dataclass
@@ -20,6 +20,18 @@ class KDLossConfig:
     initial_teacher_share: float = setting(1.0, gt=0, le=1)  # of the target, rising to 1; the student has the rest
     label_margin: float = setting(0.0, ge=0, lt=1)  # move the teacher towards the label, which wins by it (MFT); 0: off
     balance: bool = False  # rescale the divergence to the size of the cross-entropy before they are blended
+
+
+def build_divergence(cfg: KDLossConfig) -> Divergence:
+    """The divergence that these settings name.
+
+    Raises:
+        ValueError: a parameter that this divergence does not have.
+    """
+    try:
+        return divergence(cfg.name, beta=cfg.beta, alpha=cfg.alpha)
+    except ValueError as error:
+        raise ValueError(f"kd_loss.{error}") from None
 
 
 @dataclass
