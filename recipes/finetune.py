@@ -14,7 +14,6 @@ With checkpointer.random_weights=true it trains a model of the shape in config.j
 import dataclasses
 import math
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,10 +259,10 @@ def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
 def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer) -> data.RunData:
     """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see."""
     examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
-    examples_val = None
+    examples_val, val_batches = None, []
     if cfg.dataset_val is not None:
         examples_val = data.load(cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val")
-    val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
+        val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
     loader = data.Loader(
         examples,
         batch_size=cfg.batch_size,
@@ -271,8 +270,10 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer) -> data.RunData:
         max_steps_per_epoch=cfg.max_steps_per_epoch,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
+        packed=cfg.dataset.packed,
+        group_by_length=cfg.dataset.group_by_length,
     )
-    num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
     return data.RunData(loader, num_steps, examples_val, val_batches)
 
 

@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import math
 import shlex
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,12 +297,12 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | No
         vocab_size: ids that the models have; None: they are not looked at.
     """
     examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
-    examples_val = None
+    examples_val, val_batches = None, []
     if cfg.dataset_val is not None:
         examples_val = data.load(
             cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
         )
-    val_batches = list(data.batches(examples_val, cfg.batch_size)) if examples_val else []
+        val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
     loader = data.Loader(
         examples,
         batch_size=cfg.batch_size,
@@ -311,8 +310,10 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | No
         max_steps_per_epoch=cfg.max_steps_per_epoch,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
+        packed=cfg.dataset.packed,
+        group_by_length=cfg.dataset.group_by_length,
     )
-    num_steps = min(cfg.epochs * loader.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
     return data.RunData(loader, num_steps, examples_val, val_batches)
 
 

@@ -5,10 +5,10 @@ optimizer steps, shuffled and resumable; `batches` goes through it in order. Lab
 the label at position i is the token at i + 1, or IGNORE.
 """
 
-from kdtune.data.batch import IGNORE, Batch, collate, count_labels
+from kdtune.data.batch import IGNORE, Batch, collate, collate_packed, count_labels
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples, load
-from kdtune.data.loader import Loader, batches
+from kdtune.data.loader import Loader, batches, val_batches
 from kdtune.data.view import RunData
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "RunData",
     "batches",
     "collate",
+    "collate_packed",
     "count_labels",
     "load",
+    "val_batches",
 ]

@@ -46,18 +46,47 @@ def count_labels(batches: Sequence[Batch]) -> int:
     return sum(batch.num_labels for batch in batches)
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int = 0) -> Batch:
+Example = tuple[Tensor, Tensor]  # tokens [s], labels [s]
+
+
+def collate(rows: Sequence[Example], pad_id: int = 0) -> Batch:
     """Pads rows on the right, to the longest of them.
 
     Args:
-        rows: (tokens [s], labels [s]) of one document each.
+        rows: one document each.
         pad_id: any id of the vocabulary; attention is causal and padding has no label, so that it changes nothing.
     """
-    length = max(len(tokens) for tokens, _ in rows)
-    batch_tokens = torch.full((len(rows), length), pad_id, dtype=torch.int64)  # [b, s]
-    batch_labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)  # [b, s]
-    for i, (tokens, labels) in enumerate(rows):
-        batch_tokens[i, : len(tokens)] = tokens
-        batch_labels[i, : len(labels)] = labels
-    positions = torch.arange(length).expand(len(rows), length)  # [b, s]
-    return Batch(batch_tokens, batch_labels, positions)
+    tokens, labels = (_pad([row[part] for row in rows], fill) for part, fill in ((0, pad_id), (1, IGNORE)))
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)  # [b, s]
+    return Batch(tokens, labels, positions)
+
+
+def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
+    """Rows of several documents, each of which is to see itself alone.
+
+    Labels are those that each document has alone, so that none is of its neighbour. In `documents` they are counted
+    from 0 in each row; padding on the right, to the longest row, is -1.
+
+    Args:
+        rows: of each the documents, one after the other.
+        pad_id: any id of the vocabulary.
+    """
+    tokens, labels = (
+        _pad([torch.cat([document[part] for document in row]) for row in rows], fill)
+        for part, fill in ((0, pad_id), (1, IGNORE))
+    )
+    lengths = [torch.tensor([len(document[0]) for document in row]) for row in rows]
+    positions = _pad([torch.cat([torch.arange(int(length)) for length in row]) for row in lengths], 0)
+    documents = _pad([torch.arange(len(row)).repeat_interleave(row) for row in lengths], -1)
+    return Batch(tokens, labels, positions, documents)
+
+
+def without_labels(packed: bool) -> Batch:
+    """A batch that teaches nothing, for a rank that has no row left in a step: all ranks must go through the model."""
+    nothing = (torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE))
+    return collate_packed([[nothing]]) if packed else collate([nothing])
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    """[b, s], filled up with `value` on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -16,3 +16,5 @@ class DatasetConfig:
     prompt_template: str | None = None  # instruct: text before the answer, with {columns}; null: Alpaca's
     train_on_input: bool = False  # label the prompt, or every turn of a chat, too
     separator: str | None = None  # text files: each part between two of these is a document; null: the whole file is
+    packed: bool = False  # several documents in a row of tokenizer.max_seq_len, none of which sees another
+    group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed

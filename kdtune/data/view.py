@@ -21,4 +21,4 @@ class RunData:
     def summary(self) -> str:
         """One line: how much there is to train on, and to validate on."""
         validation = f"; validation: {self.examples_val.summary()}" if self.examples_val else ""
-        return self.loader.examples.summary() + validation
+        return f"{self.loader.examples.summary()}, {self.loader.summary()}{validation}"
