@@ -1,14 +1,16 @@
-"""Conversations: the two forms that they come in, and which part of the rendered text the assistant said."""
+"""Conversations: the two forms that they come in, and which tokens of the rendered text the assistant said."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from kdtune.tokenizers import Tokenizer
+from kdtune.data.config import DatasetConfig
+from kdtune.tokenizers import ChatTemplate, Rendered, Tokenizer
 
 # ShareGPT's names, and the OpenAI ones that they stand for.
 _ROLES = {
@@ -18,9 +20,15 @@ _ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "tool": "tool",
     "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
 }
+# Names of the thoughts before an answer. transformers gives them to a template under the first two.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # What a template that writes today's date (Llama 3.2, SmolLM3) is told. With the real one, the same rows would be other
 # examples every day: a run could not be repeated, nor resumed after midnight. Llama 3's templates know this day, too.
@@ -28,6 +36,15 @@ DATE = datetime(2024, 7, 26)
 
 Message = dict[str, Any]
 Part = tuple[str, bool]  # text, and whether the assistant said it
+Encoded = list[tuple[list[int], list[bool]]]  # examples of one row: tokens, and whether each is to be predicted
+Labelled = Literal["answers", "last", "all"]  # the assistant's turns, its last one, or everything
+
+
+class Turns(NamedTuple):
+    """A row of messages as text."""
+
+    conversations: list[list[Part]]  # the parts' concatenation is the rendered text; none if nobody answers
+    is_marked: bool  # the template itself marks what the assistant says, to the character
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
@@ -52,9 +69,10 @@ def _read_message(message: Any, what: str) -> Message:
             f"{what} has the keys {', '.join(message) or '(none)'}, expected role and content (OpenAI) or from and "
             "value (ShareGPT)."
         )
-    role = _ROLES.get(message[role_key])
+    name = message[role_key]
+    role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise ValueError(f"{what} has the unknown role {message[role_key]!r}; known are {', '.join(_ROLES)}.")
+        raise ValueError(f"{what} has the unknown role {name!r}; known are {', '.join(_ROLES)}.")
     # Columns of parquet files exist in every message, null where a message has none.
     rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     content = message.get(content_key)
@@ -62,8 +80,13 @@ def _read_message(message: Any, what: str) -> Message:
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise ValueError(f"{what} has content that is not text. Models here read text only.")
         content = "".join(part["text"] for part in content)
+    reasoning = next((rest[name] for name in _REASONING if name in rest), None)
+    if reasoning is not None:
+        rest = {"thinking": reasoning, **rest, "reasoning_content": reasoning}
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _read_calls(rest["tool_calls"], what)
     if content is None and role == "assistant" and rest.get("tool_calls"):
-        return {"role": role, "content": None, **rest}
+        return {"role": role, **rest}  # a template would write a content of null as None
     if not isinstance(content, str):
         raise ValueError(
             f"{what} has {'no content' if content is None else f'content of type {type(content).__name__}'}."
@@ -71,49 +94,182 @@ def _read_message(message: Any, what: str) -> Message:
     return {"role": role, "content": content, **rest}
 
 
-def split_turns(messages: Sequence[Message], tools: Any, tokenizer: Tokenizer) -> list[list[Part]]:
+def _read_calls(calls: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{what} has tool_calls that are not a list of objects.")
+    return [
+        {**call, "function": _read_function(call["function"])} if isinstance(call.get("function"), dict) else call
+        for call in map(_read_function, calls)
+    ]
+
+
+def _read_function(function: dict[str, Any]) -> dict[str, Any]:
+    # OpenAI's arguments are json in a string; templates want the object, and would write a string of a string.
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except json.JSONDecodeError:
+            return function
+        if isinstance(parsed, dict):
+            return {**function, "arguments": parsed}
+    return function
+
+
+def split_turns(messages: Sequence[Message], tools: Any, tokenizer: Tokenizer, labelled: Labelled = "answers") -> Turns:
     """The rendered conversation, cut where the assistant's turns begin and end.
 
-    The cuts come from the template itself: what it writes for the messages before a turn, with the header that invites
-    an answer, is the prompt of that turn; what it writes for the messages up to the turn ends with it.
+    Where the template marks what the model says ({% generation %}), the marks are the cuts, and one rendering is
+    enough. Else the cuts come from what it writes for parts of the conversation: the text of the messages before a
+    turn, with the header that invites an answer, is the prompt of that turn; the text of the messages up to the turn
+    ends with it.
 
     A template may rewrite earlier turns (Qwen 3 drops their reasoning). Then no single text holds all turns as they
     would be generated, and each turn becomes a conversation of its own, with only its last turn as the assistant's.
 
-    Returns:
-        Conversations, each as parts whose concatenation is the rendered text. None if the assistant says nothing.
+    Args:
+        messages: from `read_messages`.
+        tools: json schemas of functions, as a list or as json; None: none.
+        tokenizer: with a chat template.
+        labelled: what counts as the assistant's: its turns, its last one, or everything.
 
     Raises:
         ValueError: the template refuses the conversation.
     """
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i in said if _says_something(messages[i])]
+    if not answers:
+        return Turns([], False)
+    render = partial(tokenizer.render_answers, tools=_read_tools(tools), date=DATE)
+    whole, marked = render(messages)
+    if labelled == "all":
+        return Turns([[(whole, True)]], True)
+    wanted = answers[-1:] if labelled == "last" else answers
+    if marked is None:
+        return Turns(_split_by_rendering(messages, wanted, whole, render), False)
+    if len(marked) == len(said):
+        kept = [span for i, span in zip(said, marked, strict=True) if i in wanted]
+    elif labelled == "last":  # several marks in a turn, or none in some
+        kept = marked[len(render(messages[: answers[-1]]).answers or []) :]
+    else:
+        kept = marked
+    return Turns([_cut(whole, kept)], True)
+
+
+def encode_turns(turns: Turns, tokenizer: Tokenizer) -> Encoded:
+    """Tokens, and whether the assistant said each of them, with the token that ends its turn and nothing behind it."""
+    encoded: Encoded = []
+    for parts in turns.conversations:
+        tokens: list[int] = []
+        is_label: list[bool] = []
+        answers = [is_answer for _, is_answer in parts]
+        for ids, is_answer in zip(tokenizer.encode_parts([text for text, _ in parts], answers), answers, strict=True):
+            # The template's own marks are exact; a text up to the end of a turn may have more in it.
+            said = (len(ids) if turns.is_marked else _length_to_stop(ids, tokenizer)) if is_answer else 0
+            tokens += ids
+            is_label += [True] * said + [False] * (len(ids) - said)
+        encoded.append((tokens, is_label))
+    return encoded
+
+
+def check_stop(tokenizer: Tokenizer) -> int | None:
+    """The special token that ends an answer in the tokenizer's chat template; None, and a warning, if there is none.
+
+    Raises:
+        ValueError: there is no chat template, or it is not valid.
+    """
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        turns = split_turns(probe, None, tokenizer)
+    except ValueError:
+        if tokenizer.has_chat_template:
+            return None  # it has a taste for other conversations
+        raise
+    ((ids, is_label),) = encode_turns(turns, tokenizer)
+    said = [id for id, is_said in zip(ids, is_label, strict=True) if is_said]
+    if said and said[-1] in tokenizer.special_ids:
+        return said[-1]
+    warnings.warn(
+        "the chat template has no special token at the end of what the assistant says, so a model cannot learn from "
+        f"these rows where to stop. An answer ends in {tokenizer.decode(said[-3:])!r}.",
+        stacklevel=2,
+    )
+    return None
+
+
+def trained_template(tokenizer: Tokenizer, *sections: DatasetConfig | None) -> ChatTemplate | None:
+    """What the folder of the finished model has to carry, so that it is asked as it was trained; None: what it has.
+
+    Raises:
+        ValueError: the sections name different templates.
+    """
+    named = {section.chat_template or "" for section in sections if section is not None and section.format == "chat"}
+    if len(named) > 1:
+        raise ValueError(
+            f"chat_template is {' and '.join(sorted(name or 'null' for name in named))} in different data sets, but a model "
+            "has one. Name the same in each: dataset_val.chat_template='${dataset.chat_template}'."
+        )
+    if not named - {""}:
+        return None
+    tokenizer = tokenizer.with_chat_template(named.pop())
+    return ChatTemplate(tokenizer.chat_templates["default"], check_stop(tokenizer))
+
+
+def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
+    # Generation stops at the end-of-turn token; what a template writes after it is not the model's: a line break, or
+    # another special token (Phi-3 ends a whole conversation with <|endoftext|>).
+    end = stop = None
+    for i in reversed(range(len(ids))):
+        if ids[i] in tokenizer.special_ids:
+            end = i if end is None else end
+            stop = i if ids[i] in tokenizer.eos_ids else stop
+        elif tokenizer.decode([ids[i]]).strip():
+            break
+    found = end if stop is None else stop
+    return len(ids) if found is None else found + 1
+
+
+def _split_by_rendering(
+    messages: Sequence[Message], answers: Sequence[int], whole: str, render: Callable[..., Rendered]
+) -> list[list[Part]]:
+    turns = []  # start of the answer, and the text up to its end
+    for i in answers:
+        try:
+            text = whole if i == len(messages) - 1 else render(messages[: i + 1]).text
+            prompt = render(messages[:i], add_generation_prompt=True).text
+        except ValueError as error:
+            raise ValueError(f"up to message {i + 1}, which is the assistant's, {error}") from None
+        turns.append((_shared_length(prompt, text), text))
+    if all(whole.startswith(text) for _, text in turns):
+        return [_cut(whole, [(start, len(text)) for start, text in turns])]
+    return [[(text[:start], False), (text[start:], True)] for start, text in turns]
+
+
+def _cut(text: str, answers: Sequence[tuple[int, int]]) -> list[Part]:
+    parts: list[Part] = []
+    position = 0
+    for start, end in answers:
+        parts += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [*parts, (text[position:], False)]
+
+
+def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise ValueError(f"the tools are not valid json: {error}.") from None
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _says_something(message)]
-    render = partial(tokenizer.render_chat, tools=tools or None, date=DATE)
-    turns = []  # start of the answer, and the text up to its end
-    for i in answers:
-        text = render(messages[: i + 1])
-        prompt = render(messages[:i], add_generation_prompt=True)
-        turns.append((_shared_length(prompt, text), text))
-    if not turns:
-        return []
-    whole = render(messages)
-    if not all(whole.startswith(text) for _, text in turns):
-        return [[(text[:start], False), (text[start:], True)] for start, text in turns]
-    parts: list[Part] = []
-    position = 0
-    for start, text in turns:
-        parts += [(whole[position:start], False), (whole[start : len(text)], True)]
-        position = len(text)
-    return [[*parts, (whole[position:], False)]]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"the tools are a {type(tools).__name__}, expected a list of objects (json schemas).")
+    return tools or None
 
 
 def _shared_length(a: str, b: str) -> int:
+    if b.startswith(a):
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _says_something(message: Message) -> bool:
-    return bool(message["content"] or message.get("tool_calls"))
+    return bool(message.get("content") or message.get("tool_calls"))

@@ -14,7 +14,9 @@ class DatasetConfig:
     name: str | None = None  # subset (configuration) of a hub data set; null: its default one
     column_map: dict[str, str] = setting({})  # the format's column -> the column in the rows, e.g. {output: answer}
     prompt_template: str | None = None  # instruct: text before the answer, with {columns}; null: Alpaca's
+    chat_template: str | None = None  # chat: chatml, gemma, llama2, ..., or a .jinja file; null: the tokenizer's own
     train_on_input: bool = False  # label the prompt, or every turn of a chat, too
+    train_on_last_turn: bool = False  # chat: label the assistant's last turn only
     separator: str | None = None  # text files: each part between two of these is a document; null: the whole file is
     packed: bool = False  # several documents in a row of tokenizer.max_seq_len, none of which sees another
     group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed

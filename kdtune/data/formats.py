@@ -6,12 +6,11 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kdtune.data.chats import read_messages, split_turns
+from kdtune.data.chats import Encoded, Labelled, check_stop, encode_turns, read_messages, split_turns
 from kdtune.data.config import DatasetConfig
 from kdtune.tokenizers import Tokenizer
 
 Columns = Mapping[str, Any]
-Encoded = list[tuple[list[int], list[bool]]]  # examples of one row: tokens, and whether each is to be predicted
 
 # Stanford Alpaca's prompts (Taori et al. 2023), which most instruction data of this form was used with.
 ALPACA = (
@@ -57,10 +56,18 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
             "train_on_input=true says nothing for format=text, where every token is labelled. Leave it out."
         )
 
+    if cfg.format != "chat" and (cfg.chat_template is not None or cfg.train_on_last_turn):
+        setting = "train_on_last_turn" if cfg.train_on_last_turn else "chat_template"
+        raise ValueError(f"{setting} is for format=chat, not {cfg.format}. Leave it out.")
+    if cfg.train_on_input and cfg.train_on_last_turn:
+        raise ValueError(
+            "train_on_input=true labels every turn, train_on_last_turn=true the assistant's last one only. Give one."
+        )
+
     if cfg.format == "chat":
-        if not tokenizer.has_chat_template:
-            tokenizer.render_chat([])  # raises, and says what to do
-        return lambda row: _encode_chat(row, cfg, tokenizer)
+        chat_tokenizer = tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
+        check_stop(chat_tokenizer)  # raises if there is no template
+        return lambda row: _encode_chat(row, cfg, chat_tokenizer)
     eos_id = tokenizer.eos_id  # raises if there is none
     if cfg.format == "text":
         return lambda row: _encode_text(row, cfg, tokenizer, eos_id, max_seq_len)
@@ -102,24 +109,8 @@ def _encode_chat(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer) -> Enco
         column = "messages" if "messages" in row or "conversations" not in row else "conversations"
     messages = read_messages(_value(row, column, "messages"), column)
     tools = row.get(cfg.column_map.get("tools", "tools"))
-    encoded: Encoded = []
-    for parts in split_turns(messages, tools, tokenizer):
-        tokens: list[int] = []
-        is_label: list[bool] = []
-        for ids, (_, is_answer) in zip(tokenizer.encode_parts([text for text, _ in parts]), parts, strict=True):
-            labelled = len(ids) if cfg.train_on_input else _length_to_stop(ids, tokenizer) if is_answer else 0
-            tokens += ids
-            is_label += [True] * labelled + [False] * (len(ids) - labelled)
-        encoded.append((tokens, is_label))
-    return encoded
-
-
-def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
-    # Generation stops at the end-of-turn token; a line break that a template writes after it is not the model's.
-    ends = [i for i, id in enumerate(ids) if id in tokenizer.special_ids]
-    if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
-        return ends[-1] + 1
-    return len(ids)
+    labelled: Labelled = "all" if cfg.train_on_input else "last" if cfg.train_on_last_turn else "answers"
+    return encode_turns(split_turns(messages, tools, tokenizer, labelled), tokenizer)
 
 
 def _alpaca(row: Columns, cfg: DatasetConfig) -> str:

@@ -4,6 +4,7 @@
 `difference(a, b)` says whether two of them give the same meaning to the ids that they share.
 """
 
+from kdtune.tokenizers.chat import ChatTemplate, Rendered
 from kdtune.tokenizers.tokenizer import Tokenizer, TokenizerConfig, difference, load
 
-__all__ = ["Tokenizer", "TokenizerConfig", "difference", "load"]
+__all__ = ["ChatTemplate", "Rendered", "Tokenizer", "TokenizerConfig", "difference", "load"]

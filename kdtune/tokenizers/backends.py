@@ -2,7 +2,7 @@
 
 Each back end has
     encode(text, continues)   ids; special tokens written in the text are found; no bos, no eos
-    encode_parts(parts)       the ids of the joined text, grouped by the part that they end in
+    encode_parts(parts, is_answer)  the ids of the joined text, grouped by the part that they end in, answers first
     decode(ids)               text, special tokens included
     pieces()                  id -> the bytes that it stands for
     special                   ids that are no text
@@ -18,8 +18,8 @@ import base64
 import binascii
 import json
 import re
-from bisect import bisect_left
-from itertools import accumulate
+from bisect import bisect_left, bisect_right
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ class JsonBackend:
         tokenizer = self._continuing if continues else self._tokenizer
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def encode_parts(self, parts: list[str], is_answer: list[bool]) -> list[list[int]]:
         encoding = self._tokenizer.encode("".join(parts), add_special_tokens=False)
-        return _group(encoding.ids, [end for _, end in encoding.offsets], [len(part) for part in parts])
+        return _group(encoding.ids, encoding.offsets, [len(part) for part in parts], is_answer)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -129,7 +129,7 @@ class SentencePieceBackend:
                 ids += (self._continuing if goes_on else self._model).encode(chunk)
         return ids
 
-    def encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def encode_parts(self, parts: list[str], is_answer: list[bool]) -> list[list[int]]:
         text = "".join(parts)
         ids: list[int] = []
         ends: list[int] = []
@@ -148,7 +148,7 @@ class SentencePieceBackend:
                 ids += new
                 ends += [position + end - prefixed for end in accumulate(len(self._pieces[id]) for id in new)]
             position += len(chunk.encode())
-        return _group(ids, ends, [len(part.encode()) for part in parts])
+        return _group(ids, list(pairwise([0, *ends])), [len(part.encode()) for part in parts], is_answer)
 
     def decode(self, ids: list[int]) -> str:
         text = b"".join(self._pieces[id] for id in ids).decode(errors="replace")
@@ -195,10 +195,10 @@ class TiktokenBackend:
     def encode(self, text: str, continues: bool) -> list[int]:
         return self._encoding.encode(text, allowed_special="all", disallowed_special=())
 
-    def encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def encode_parts(self, parts: list[str], is_answer: list[bool]) -> list[list[int]]:
         ids = self.encode("".join(parts), continues=False)
         ends = list(accumulate(len(self._pieces[id]) for id in ids))
-        return _group(ids, ends, [len(part.encode()) for part in parts])
+        return _group(ids, list(pairwise([0, *ends])), [len(part.encode()) for part in parts], is_answer)
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -295,12 +295,16 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _group(ids: list[int], ends: list[int], lengths: list[int]) -> list[list[int]]:
-    # A token over a border goes to the later part, which it has text of.
+def _group(ids: list[int], spans: list[tuple[int, int]], lengths: list[int], is_answer: list[bool]) -> list[list[int]]:
+    """The ids by part, from where each begins and ends in the joined text."""
     borders = list(accumulate(lengths))
     groups: list[list[int]] = [[] for _ in lengths]
-    for id, end in zip(ids, ends, strict=True):
-        groups[min(bisect_left(borders, end), len(groups) - 1)].append(id)
+    for id, (start, end) in zip(ids, spans, strict=True):
+        # A token over a border goes to the later part, which it has text of, unless the model says it in an earlier
+        # one: some end-of-turn tokens take the line break behind them along.
+        last = min(bisect_left(borders, end), len(groups) - 1)
+        first = min(bisect_right(borders, start), last)
+        groups[next((part for part in range(last, first - 1, -1) if is_answer[part]), last)].append(id)
     return groups
 
 

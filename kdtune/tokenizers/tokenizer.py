@@ -1,6 +1,8 @@
 """One tokenizer for every folder: the library that reads its files is an inner matter."""
 
+import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -93,13 +95,14 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+    def encode_parts(self, parts: Sequence[str], is_answer: Sequence[bool] | None = None) -> list[list[int]]:
         """The ids of the parts' concatenation, without bos, grouped by part.
 
-        A token that covers the border of two parts belongs to the later one. (A sentencepiece model that normalises its
-        input cannot tell where a token came from; there each part is encoded by itself.)
+        A token that covers the border of two parts belongs to the answer of the two, else to the later one. (A
+        sentencepiece model that normalises its input cannot tell where a token came from; there each part is encoded by
+        itself.)
         """
-        return self._backend.encode_parts(list(parts))
+        return self._backend.encode_parts(list(parts), list(is_answer or [False] * len(parts)))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are no valid UTF-8 become U+FFFD.
@@ -133,6 +136,39 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return "default" in self._templates
 
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Sources of the templates by name: "default", and perhaps "tool_use", which is taken where there are tools."""
+        return dict(self._templates)
+
+    def with_chat_template(self, name: str) -> "Tokenizer":
+        """The same tokenizer with another chat template: a named one (chatml, llama3, ...), or a .jinja file.
+
+        Raises:
+            ValueError: there is no such template, it is not valid jinja, or it is a named one and needs tokens that the
+                vocabulary does not have.
+        """
+        template = chat.read(name)
+        variables = sorted({"bos_token", "eos_token"} & chat.names(template) - set(self._variables))
+        wanted = chat.NAMED.get(name, chat.literal_tokens(template))
+        missing = [token for token in wanted if len(self._backend.encode(token, True)) != 1]
+        if name in chat.NAMED and (missing or variables):
+            raise ValueError(
+                f"chat_template={name} writes {', '.join(missing + variables)}, and the tokenizer in {self.source} has "
+                "no such special token: the model would read its letters and could not end a turn with it. Use a "
+                "template whose tokens it has (llama2 and mistral_v1 need bos and eos only), or a tokenizer and "
+                "models with these."
+            )
+        if missing or variables:
+            warnings.warn(
+                f"chat_template={name} writes {', '.join(missing + variables)}, which the tokenizer in {self.source} "
+                "does not have as special tokens: the model will read letters, or nothing where a variable is meant.",
+                stacklevel=2,
+            )
+        other = copy.copy(self)
+        other._templates = {"default": template}
+        return other
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -141,7 +177,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         date: datetime | None = None,
     ) -> str:
-        """The text that the folder's chat template makes of `messages` (with its bos, if the template writes one).
+        """The text that the chat template makes of `messages` (with its bos, if the template writes one).
 
         Args:
             messages: dicts with `role` and `content`.
@@ -150,22 +186,45 @@ class Tokenizer:
             date: the day for a template that tells it to the model. None: today.
 
         Raises:
-            ValueError: there is no template, or it refuses the messages.
+            ValueError: there is no template, or it refuses the messages, or it would leave out tools or their calls.
         """
+        return self.render_answers(messages, add_generation_prompt=add_generation_prompt, tools=tools, date=date).text
+
+    def render_answers(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime | None = None,
+    ) -> chat.Rendered:
+        """As `render_chat`, with the places of what the template itself marks as the assistant's."""
         if not self.has_chat_template:
             raise ValueError(
                 f"the tokenizer in {self.source} has no chat template, so messages cannot be turned into text. Put a "
-                "chat_template.jinja into the folder (instruction-tuned checkpoints come with one), or use rows of "
-                "another format."
+                "chat_template.jinja into the folder (instruction-tuned checkpoints come with one), name a template "
+                f"to train with (dataset.chat_template: {', '.join(chat.NAMED)} or a file), or use rows of another "
+                "format."
             )
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        template = self._templates[name]
+        if tools and "tools" not in chat.names(template):
+            raise ValueError(
+                f"the chat template has no place for tools, and {len(tools)} are given that the model would not see. "
+                "Use a template that has (qwen, mistral), or leave them out."
+            )
+        if "tool_calls" not in chat.names(template) and any(message.get("tool_calls") for message in messages):
+            raise ValueError(
+                "the chat template has no place for tool calls, and would leave them out. Use one that has "
+                "(qwen, mistral)."
+            )
         variables = {
             **self._variables,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return chat.render(self._templates[name], messages, date=date, **variables)
+        return chat.render(template, messages, date=date, **variables)
 
     def encode_chat(
         self,
