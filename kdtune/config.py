@@ -377,7 +377,7 @@ def _refusal(value: Any, field: _Field) -> str | None:
 
 def _advice(key: str, value: Any, field: _Field) -> str:
     if field.choices:
-        near = difflib.get_close_matches(str(value), map(str, field.choices), 1)
+        near = difflib.get_close_matches(str(value), map(str, field.choices), 1, cutoff=0.5)  # float32: fp32
         return f"Did you mean {near[0]}?" if near else ""
     if field.section:
         names = list(_fields(field.section))

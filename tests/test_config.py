@@ -225,6 +225,17 @@ def test_option_form_names_the_right_form() -> None:
     assert "Did you mean batch_size=4?" in refusal("--batch_size", "4")
 
 
+@dataclass
+class Precision:
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+@pytest.mark.parametrize(("long", "short"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_long_name_of_a_dtype_names_the_short(long: str, short: str) -> None:
+    with pytest.raises(ValueError, match=f"Did you mean {short}"):
+        config.load(Precision, None, [f"dtype={long}"])
+
+
 def test_everything_wrong_is_said_at_once(write: Any) -> None:
     yaml = write("batchsize: 1\ndataset:\n  sorce: x\nkd_ratio: banana\n")
     lines = refusal(yaml=yaml).splitlines()

@@ -1,6 +1,7 @@
 """How every command reads its arguments."""
 
 import argparse
+import difflib
 from typing import NoReturn
 
 
@@ -19,3 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}. `{self.prog} --help` says how to call it.")
+
+    def nearest_option(self, argument: str) -> str | None:
+        """The option that a misspelt one was probably meant to be."""
+        near = difflib.get_close_matches(argument, self._option_string_actions, 1, cutoff=0.8)
+        return near[0] if near else None

@@ -52,8 +52,24 @@ def parse(parser: Parser, argv: Sequence[str]) -> Call | None:
     if not options.help:
         from kdtune.config import split_overrides
 
+        for argument in rest[1:]:
+            if advice := _meant(parser, argument, catalog.bare_name(recipe.stem)):
+                raise ValueError(f"{argument!r} is no setting: settings are given as key=value. Did you mean {advice}?")
         split_overrides(rest[1:])
     return Call(rest[0], recipe, config, rest[1:], options)
+
+
+def _meant(parser: Parser, argument: str, recipe: str) -> str | None:
+    """The option that an argument, which is none and no setting, was probably meant to be."""
+    if argument.startswith("--"):
+        return parser.nearest_option(argument)
+    if "=" in argument or argument.startswith("-"):
+        return None
+    try:
+        catalog.find_config(argument, recipe)
+    except (ValueError, OSError):
+        return None
+    return f"--config {argument}"
 
 
 def load_module(path: Path) -> ModuleType:
