@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kdtune.models.attention import Documents, attend, attention_mask
 from kdtune.models.cache import KVCache
 from kdtune.models.config import ModelConfig
 from kdtune.models.rope import Rope, rotate
@@ -23,6 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+Sight = Documents | Tensor | None  # what tokens see, see `attend`
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +51,7 @@ class Attention(nn.Module):
         d, n = config.hidden_size, config.head_dim
         self.index = index
         self.head_dim = n
-        self.group_size = config.num_heads // config.num_kv_heads  # query heads that share a key head
+        self.window = config.windows[index]
         self.q_proj = nn.Linear(d, config.num_heads * n, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
@@ -55,7 +59,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(n, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(n, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         queries, keys, values = (  # [b, s, h, n]
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -66,14 +70,7 @@ class Attention(nn.Module):
         values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.store(self.index, keys, values)
-        # On CUDA, kernels that take fewer key heads know no mask and no float32; what then remains holds [b, h, s, s]
-        # (torch 2.13). Repeated heads open the memory-efficient kernel again.
-        native = mask is None and (queries.dtype in (torch.bfloat16, torch.float16) or not queries.is_cuda)
-        if not native and self.group_size > 1:
-            keys, values = (heads.repeat_interleave(self.group_size, dim=1) for heads in (keys, values))
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=native and self.group_size > 1
-        )  # [b, h, s, n]
+        out = attend(queries, keys, values, sight, self.window)  # [b, h, s, n]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -97,8 +94,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, sight, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -117,34 +114,36 @@ class Trunk(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        s, device = tokens.size(1), tokens.device
-        index = torch.arange(s, device=device)[None]  # [1, s]
+        x = self.embed_tokens(tokens)  # [b, s, d]
+        index = torch.arange(tokens.size(1), device=tokens.device)[None]  # [1, s]
         decoding = cache is not None and cache.length > 0
         if cache is not None:
-            cache.begin(s, positions)
+            cache.begin(tokens.size(1), positions)
+        queries = slots = index
         if decoding:
             assert cache is not None
             assert positions is not None
             assert documents is None
-            queries, slots = positions, torch.arange(cache.length, device=device)[None]
-        else:
-            queries, slots = index, index
-        masks = {
-            window: attention_mask(queries, slots, documents, window, causal=not decoding)
+            queries, slots = positions, torch.arange(cache.length, device=tokens.device)[None]
+        apart = None if documents is None else Documents.of(documents)
+        # Once for all layers of a kind, whose masks the backward then shares.
+        sights: dict[int | None, Sight] = {
+            window: apart or attention_mask(queries, slots, window, causal=not decoding, dtype=x.dtype)
             for window in set(self.config.windows)
         }
         if positions is None:
-            positions = index if documents is None else document_positions(documents)
-
-        x = self.embed_tokens(tokens)  # [b, s, d]
-        lengths = document_lengths(positions, documents) if self.config.rope.type == "dynamic" else None
+            positions = index if apart is None else apart.positions()
+        lengths = None
+        if self.config.rope.type == "dynamic":
+            lengths = positions.amax(dim=1, keepdim=True).expand_as(positions) + 1
+            lengths = lengths if apart is None else apart.lengths_of_tokens()
         cos, sin = (part.to(x.dtype)[:, None] for part in self.rope(positions, lengths))  # [b, 1, s, n]
         for layer, window in zip(self.layers, self.config.windows, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in a layer is random, so there is no random state to keep.
-                x = checkpoint(layer, x, cos, sin, masks[window], cache, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, sights[window], cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, masks[window], cache)
+                x = layer(x, cos, sin, sights[window], cache)
         return self.norm(x)
 
 
@@ -188,9 +187,9 @@ class Decoder(nn.Module):
         Args:
             tokens: [b, s], int64.
             positions: [b, s], counted from 0 in each document. None: counted from `documents`.
-            documents: [b, s], int: a token sees earlier tokens of the same id; -1 is padding. None: a row is one
-                document, which takes the fastest attention and suits right padding too, since no token sees what
-                comes after it. (With dynamic rope, padding then counts as length.)
+            documents: [b, s], int: a run of equal ids is a document, whose tokens see no other; -1 is padding. None: a
+                row is one document, which suits right padding too, since no token sees what comes after it. (With
+                dynamic rope, padding then counts as length.)
             cache: what earlier calls left, for generation; it is updated. The first call takes rows padded on the
                 right and no `positions`; later ones need `positions` and take no `documents`.
 
@@ -208,50 +207,6 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [b, s, v] in the weights' dtype; arguments as for `hidden`."""
         return self.head(self.hidden(tokens, positions, documents, cache))
-
-
-def attention_mask(
-    queries: Tensor, keys: Tensor, documents: Tensor | None, window: int | None, *, causal: bool
-) -> Tensor | None:
-    """Which key each query may see.
-
-    Args:
-        queries: [b, q] or [1, q], index of each query in its row.
-        keys: [1, k], index of each key.
-        documents: [b, s] if queries and keys are the same tokens of several documents.
-        window: how far back a query sees, itself included.
-        causal: queries and keys are the same tokens, so that None can stand for the plain causal mask.
-
-    Returns:
-        bool, [b, 1, q, k] or [1, 1, q, k], True where a query may look; every query sees itself. None: plain causal.
-    """
-    if window is not None and window >= keys.size(1):
-        window = None
-    if causal and documents is None and window is None:
-        return None
-    distance = queries[:, :, None] - keys[:, None, :]  # [b, q, k]
-    allowed = distance >= 0
-    if window is not None:
-        allowed &= distance < window
-    if documents is not None:
-        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
-    return allowed[:, None]
-
-
-def document_positions(documents: Tensor) -> Tensor:
-    """Positions [b, s] counted from the start of each run of equal ids."""
-    index = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-def document_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
-    """How long the document of each token is, [b, s]: one more than its last position."""
-    if documents is None:
-        return positions.amax(dim=1, keepdim=True).expand_as(positions) + 1
-    same = documents[:, :, None] == documents[:, None, :]  # [b, s, s]
-    return torch.where(same, positions[:, None, :], 0).amax(dim=2) + 1
 
 
 def enable_activation_checkpointing(model: Decoder) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdtune import models
 from kdtune.checkpoint import load_model
 from kdtune.models import Decoder, KVCache, RopeConfig
-from kdtune.models.decoder import document_positions
+from kdtune.models.attention import Documents
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}  # on logits of about 3
 LENGTHS = (30, 5, 17)  # beyond the dynamic variant's 16 positions, and beyond every sliding window
@@ -165,7 +165,10 @@ def test_low_precision_leaves_rope_alone(hf_folder: Callable[..., Path]) -> None
 
 def test_positions_count_from_each_document() -> None:
     documents = torch.tensor([[-1, -1, 5, 5, 5, 2], [0, 0, 0, 1, 1, -1]])
-    assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 1, 0]]
+    found = Documents.of(documents)
+    assert found.positions().tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 1, 0]]
+    assert found.lengths == [2, 3, 1, 3, 2, 1]
+    assert found.lengths_of_tokens().tolist() == [[2, 2, 3, 3, 3, 1], [3, 3, 3, 2, 2, 1]]
 
 
 def test_counting_parameters_builds_none_and_keeps_the_random_state() -> None:

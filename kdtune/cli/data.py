@@ -1,0 +1,182 @@
+"""`kdtune data`: what a run with these settings would train on."""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kdtune.cli import catalog, recipe
+from kdtune.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from kdtune.data.view import Bin, Row
+
+_DESCRIPTION = """\
+Show what a run with these settings would train on, without loading any weights: rows as the model sees them, token by
+token, with those that have a label marked; numbers of the batches that it would get; and the lengths of the rows.
+The settings are those of `kdtune run`."""
+
+
+@dataclasses.dataclass
+class View:
+    """All that is shown, whether as text or as a page."""
+
+    title: str
+    rows: "list[Row]"
+    facts: list[tuple[str, str]]
+    bins: "list[Bin]"
+    lengths: str  # a line about them
+    limit: str  # what stands where max_seq_len is
+
+
+def main(argv: Sequence[str]) -> None:
+    usage = f"kdtune data {recipe.USAGE} [--val] [--rows N] [--start K] [--html FILE]"
+    parser = Parser("data", _DESCRIPTION, usage=usage, add_help=False)
+    parser.add_argument("--val", action="store_true", help="the rows to validate on instead (dataset_val)")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows to show (default: 3, on a page 20)")
+    parser.add_argument(
+        "--start", type=int, default=1, metavar="K", help="the first of them, from 1, as they are dealt"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at in a browser instead")
+    call = recipe.parse(parser, argv)
+    if call is None or call.options.help:
+        parser.print_help()
+        return
+    page = call.options.html and call.options.html.expanduser()
+    _check_options(call.options.rows, call.options.start, page)
+    module = recipe.load_module(call.recipe)
+    _check_reads_data(module, call)
+    cfg = recipe.settings(module, call)
+    if call.options.val and cfg.dataset_val is None:
+        raise ValueError("--val: these settings have no dataset_val, so that a run would not validate.")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+    num_rows = call.options.rows if call.options.rows is not None else 20 if page else 3
+    tokenizer = module.load_tokenizer(cfg)
+    view = look(module.load_data(cfg, tokenizer), tokenizer, call.options.start, num_rows, is_val=call.options.val)
+    view.title = f"{call.recipe.stem}: {view.title}, {getattr(cfg, view.title).source}"
+    if page is not None:
+        from kdtune.cli import data_page
+
+        page.write_text(data_page.render(view), encoding="utf-8")
+        print(f"The page is in {page}.")
+    else:
+        from kdtune.cli import data_text
+
+        data_text.write(view, sys.stdout)
+
+
+def _check_options(num_rows: int | None, start: int, page: Path | None) -> None:
+    if num_rows is not None and num_rows < 0:
+        raise ValueError(f"--rows {num_rows}: give how many rows to show; 0 shows the numbers alone.")
+    if start < 1:
+        raise ValueError(f"--start {start}: rows are counted from 1.")
+    if page is None:
+        return
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {page}: give a file that ends in .html; any other could hold something else.")
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--html {page}: this must be a file in a folder that exists.")
+
+
+def _check_reads_data(module: ModuleType, call: recipe.Call) -> None:
+    """Refuse recipes that train on nothing."""
+    lacking = [name for name in ("load_tokenizer", "load_data") if not callable(getattr(module, name, None))]
+    if not lacking:
+        return
+    keys = {field.name for field in dataclasses.fields(module.Config)}
+    if "dataset" not in keys:
+        raise ValueError(f"{call.recipe.stem} reads no data set, so there is nothing to look at.")
+    raise ValueError(
+        f"{call.recipe} has no {' and no '.join(lacking)}: they tell kdtune data what the recipe reads. "
+        f"See {catalog.folder() / 'finetune.py'}."
+    )
+
+
+def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool) -> View:
+    """Go through the batches of an epoch.
+
+    Args:
+        loaded: RunData, what the recipe's load_data returns.
+        tokenizer: to spell the rows.
+        start: the first row to show, from 1.
+        num_rows: how many to show.
+        is_val: the validation rows instead.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    from tqdm import tqdm
+
+    from kdtune.data import view
+
+    loader = loaded.loader
+    per_epoch = loader.steps_per_epoch  # of the first epoch; packed rows are made anew in each
+    examples = loaded.examples_val if is_val else loader.examples
+    num_steps = len(loaded.val_batches) if is_val else min(per_epoch, loaded.num_steps)
+    steps = ([batch] for batch in loaded.val_batches) if is_val else (loader.next_step() for _ in range(num_steps))
+    bar = tqdm(steps, "batches", num_steps, unit=" steps", delay=2.0, leave=False, disable=None)
+    found = view.survey(bar, examples, tokenizer, start=start, num_rows=num_rows)
+    if num_rows and start > found.num_rows:
+        raise ValueError(f"--start {start}: there are {found.num_rows:,} rows.")
+
+    share = examples.num_labels / examples.num_tokens
+    facts = [
+        ("rows", _rows(examples)),
+        ("tokens", f"{examples.num_tokens:,}; {share:.1%} with a label, {1 - share:.1%} ignored"),
+        ("batches", _batches(found, num_steps, per_epoch, is_val)),
+    ]
+    if not is_val:
+        low, middle, high = _spread(found.labels_per_step)
+        facts += [
+            ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
+            ("steps", _steps(per_epoch, loaded.num_steps)),
+        ]
+    shortest, median, longest = _spread(examples.lengths)
+    limit = f"max_seq_len {examples.max_seq_len:,}: " + (
+        f"{_count(examples.num_truncated, 'row')} cut here" if examples.num_truncated else "no row is cut"
+    )
+    lengths = (
+        f"length of {_count(len(examples), 'example')}: min {shortest:,}, median {median:,}, max {longest:,} tokens"
+    )
+    bins = view.histogram(examples.lengths, examples.max_seq_len)
+    return View(examples.name, found.rows, facts, bins, lengths, limit)
+
+
+def _rows(examples: Any) -> str:
+    parts = [
+        f"{examples.num_rows:,} read",
+        f"{examples.num_dropped:,} dropped",
+        f"{examples.num_truncated:,} truncated",
+    ]
+    if len(examples) != examples.num_rows - examples.num_dropped:
+        parts.append(f"{len(examples):,} examples made of them")
+    return ", ".join(parts)
+
+
+def _batches(found: Any, num_steps: int, steps_per_epoch: int, is_val: bool) -> str:
+    if is_val:
+        where = _count(num_steps, "batch", "batches")
+    else:
+        where = f"{_count(num_steps, 'step')} of {'an epoch' if num_steps == steps_per_epoch else 'the run'}"
+    rows = _count(found.num_rows, "row")
+    if found.num_documents != found.num_rows:
+        rows += f" of {_count(found.num_documents, 'document')}"
+    fill = found.num_tokens / found.num_positions
+    return f"{rows} in {where}; {fill:.1%} filled, {1 - fill:.1%} padding"
+
+
+def _steps(per_epoch: int, num_steps: int) -> str:
+    return f"{per_epoch:,} per epoch, {num_steps:,} in the run ({num_steps / per_epoch:.2g} epochs)"
+
+
+def _spread(values: Any) -> tuple[int, int, int]:
+    ordered = sorted(map(int, values))
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

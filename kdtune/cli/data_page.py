@@ -1,0 +1,112 @@
+"""`kdtune data` as one HTML page that loads nothing. Whatever comes out of the rows is escaped."""
+
+import html
+from typing import TYPE_CHECKING
+
+from kdtune.cli import data_text, terminal
+
+if TYPE_CHECKING:
+    from kdtune.cli.data import View
+    from kdtune.data.view import Bin, Document, Row, Token
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --faint: #666; --line: #ddd; --label: #c9efd2;
+  --label-edge: #23803c; --bar: #4a7fb5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #161618; --faint: #9a9a9a; --line: #3a3a3e;
+  --label: #14432188; --label-edge: #54c173; --bar: #6f9fd0; } }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 0.9rem; margin: 1.5rem 0 0.3rem; }
+.about { color: var(--faint); font-size: 0.85rem; margin: 0.3rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; margin: 1rem 0; }
+dt { color: var(--faint); } dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.1rem 0.6rem 0.1rem 0; text-align: right; white-space: nowrap; font-weight: normal; }
+td:last-child { width: 100%; padding: 0.1rem 0; }
+.bar { display: block; height: 0.9rem; background: var(--bar); }
+.limit { border-top: 2px dashed var(--ink); padding-top: 0.2rem; margin: 0; }
+pre { margin: 0; padding: 0.6rem; border: 1px solid var(--line); border-radius: 0.4rem; font-size: 0.85rem;
+  line-height: 1.7; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre + .about { border-top: 1px dashed var(--faint); padding-top: 0.3rem; }
+.token { color: var(--faint); border-left: 1px solid var(--line); }
+.label { color: var(--ink); background: var(--label); border-bottom: 2px solid var(--label-edge);
+  border-left-color: var(--label-edge); }
+.special { font-weight: bold; border-radius: 0.3rem; outline: 1px solid var(--faint); outline-offset: -1px; }
+.token:hover { outline: 2px solid var(--ink); }
+@media (max-width: 30rem) { dl { display: block; } dd { margin-bottom: 0.5rem; } }
+"""
+
+
+def render(view: "View") -> str:
+    """The page."""
+    title = _escape(view.title)
+    facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in view.facts)
+    rows = "\n".join(map(_row, view.rows))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<dl>
+{facts}
+</dl>
+<h2>Lengths</h2>
+<p class="about">{_escape(view.lengths)}</p>
+<table>
+{_histogram(view.bins)}
+</table>
+<p class="limit">{_escape(view.limit)}</p>
+<h2>Rows</h2>
+<p class="about"><span class="token label">with a label</span> <span class="token">without</span>
+<span class="token special">special token</span> The id of a token shows when you point at it.</p>
+{rows}
+</body>
+</html>
+"""
+
+
+def _histogram(bins: "list[Bin]") -> str:
+    highest = max(one.count for one in bins)
+    return "\n".join(
+        f'<tr><th scope="row">{one.first:,} - {one.last:,}</th><td>{one.count:,}</td>'
+        f'<td><span class="bar" style="width: {100 * one.count / highest:.1f}%"></span></td></tr>'
+        for one in bins
+    )
+
+
+def _row(row: "Row") -> str:
+    head = f"Row {row.number:,} <small>step {row.step:,}, micro-batch {row.micro_batch:,}</small>"
+    return (
+        f"<article>\n<h3>{head}</h3>\n"
+        + "\n".join(
+            _document(document, number if len(row.documents) > 1 else None)
+            for number, document in enumerate(row.documents, start=1)
+        )
+        + "\n</article>"
+    )
+
+
+def _document(document: "Document", number: int | None) -> str:
+    name = "" if number is None else f"document {number:,}: "
+    tokens = "".join(map(_token, document.tokens))
+    return f'<p class="about">{name}{_escape(data_text.about(document))}</p>\n<pre>{tokens}</pre>'
+
+
+def _token(token: "Token") -> str:
+    names = ["token"] + ["label"] * token.is_label + ["special"] * token.is_special
+    ids = ", ".join(map(str, token.ids))
+    tip = f"id {ids}" + (", label" if token.is_label else "")
+    text = _escape(token.text, keep="\n").replace("\n", "↵\n")
+    return f'<span class="{" ".join(names)}" title="{tip}">{text}</span>'
+
+
+def _escape(text: str, keep: str = "") -> str:
+    return html.escape(terminal.visible(text, keep))
