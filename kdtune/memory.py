@@ -41,19 +41,25 @@ def estimate(
     activation_checkpointing: bool,
     loss_chunk_size: int | None,
     device: torch.device,
+    packed: bool = False,
 ) -> Estimate:
-    """Peak memory of a training step with AdamW, every row as long as `seq_len`.
+    """Peak memory of a training step with AdamW, every row as long as `seq_len`, of several documents if `packed`.
 
     Left out: the allocator's fragmentation, the libraries' own workspace, and on the CPU the process itself.
     """
     size = dtype.itemsize
     weights = num_parameters(student) * size
+    per_token = _activations_per_token(student, size, activation_checkpointing)
+    if packed and (device.type != "cuda" or size == 4):
+        # Without the kernel for documents of any length, attention's output is kept by the document and by the row.
+        layers = 1 if activation_checkpointing else student.num_layers
+        per_token += layers * size * student.num_heads * student.head_dim
     return Estimate(
         student=weights,
         gradients=weights,
         optimizer=2 * weights,
         teacher=0 if teacher is None else num_parameters(teacher) * size,
-        activations=batch_size * seq_len * _activations_per_token(student, size, activation_checkpointing),
+        activations=batch_size * seq_len * per_token,
         loss=_loss_bytes(student, teacher, size, loss_chunk_size, batch_size * seq_len, device),
     )
 

@@ -256,6 +256,7 @@ def check(cfg: Config) -> Inputs:
         activation_checkpointing=cfg.enable_activation_checkpointing,
         loss_chunk_size=cfg.loss_chunk_size,
         device=run_device,
+        packed=cfg.dataset.packed,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
     preflight.check_disk_space(output_dir, memory.disk(student, dtype, save_dtype, cfg.save_every_n_steps > 0))
