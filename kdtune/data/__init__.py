@@ -7,8 +7,9 @@ the label at position i is the token at i + 1, or IGNORE.
 
 from kdtune.data.batch import IGNORE, Batch, collate, collate_packed, count_labels
 from kdtune.data.config import DatasetConfig
-from kdtune.data.examples import Examples, load
+from kdtune.data.examples import Examples
 from kdtune.data.loader import Loader, batches, val_batches
+from kdtune.data.prepare import load
 from kdtune.data.view import RunData
 
 __all__ = [

@@ -8,8 +8,8 @@ from kdtune.config import MISSING, setting
 
 @dataclass
 class DatasetConfig:
-    source: str = setting(MISSING, path=True)  # file, folder (json, jsonl, csv, parquet, txt) or owner/name on the hub
-    format: Literal["instruct", "chat", "completion", "text"] = "instruct"  # what the rows are, see docs/data.md
+    source: str = setting(MISSING, path=True)  # file or folder (docs/data.md has the kinds), or owner/name on the hub
+    format: Literal["instruct", "chat", "completion", "text", "tokens"] = "instruct"  # what the rows are
     split: str | None = None  # split, part of it, or both: test, train[:90%], [90%:], [:1000]; null: train, all of it
     name: str | None = None  # subset (configuration) of a hub data set; null: its default one
     column_map: dict[str, str] = setting({})  # the format's column -> the column in the rows, e.g. {output: answer}
@@ -20,3 +20,10 @@ class DatasetConfig:
     separator: str | None = None  # text files: each part between two of these is a document; null: the whole file is
     packed: bool = False  # several documents in a row of tokenizer.max_seq_len, none of which sees another
     group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed
+    too_long: Literal["truncate", "split", "drop"] | None = None  # rows above max_seq_len; null: split text, cut others
+    join_documents: bool = False  # text and tokens: one after the other, cut into full rows; false: each by itself
+    on_error: Literal["raise", "skip"] = "raise"  # a row that cannot be used: stop and say where, or skip and count it
+    num_workers: int = setting(0, ge=0)  # processes that tokenise; 0: this one
+    cache_dir: str | None = setting(None, path=True)  # folder to keep the tokenised rows in; null: in memory only
+    document_end_id: int | None = setting(None, ge=0)  # .npy, .bin: the id that ends a document; null: the eos token
+    token_dtype: Literal["uint16", "int32", "uint32", "int64"] | None = None  # .bin without .idx: how ids are stored

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from kdtune.data import rows
 from kdtune.data.batch import IGNORE
-from kdtune.data.config import DatasetConfig
-from kdtune.data.formats import Encoded, row_encoder
-from kdtune.tokenizers import Tokenizer
 
-_CHUNK_SIZE = 256  # rows whose tokens are Python integers at one time
+TooLong = Literal["truncate", "split", "drop"]
+Encoded = Sequence[tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]]
+
+NUM_PLACES = 5  # skipped rows that are told one by one
 _HASH_BLOCK = 2**20  # tokens whose hashes, 8 bytes each, exist at one time
 
 
@@ -29,12 +26,32 @@ class Counts:
     """What became of the rows."""
 
     num_rows: int = 0  # read
-    num_truncated: int = 0  # longer than max_seq_len and cut
-    num_dropped: int = 0  # without anything to predict, as read or after they were cut
+    num_labels: int = 0  # tokens to be predicted
+    num_truncated: int = 0  # rows longer than max_seq_len, of which the beginning is left
+    num_split: int = 0  # rows longer than max_seq_len, cut into several examples
+    num_too_long: int = 0  # rows longer than max_seq_len, left out as far as they were
+    num_dropped: int = 0  # rows without anything to predict, as read or after they were cut
+    skipped: dict[str, int] = field(default_factory=dict)  # kind of trouble -> rows that could not be used
+    places: list[str] = field(default_factory=list)  # of the first of them, with what was wrong
 
     def add(self, other: Counts) -> None:
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        self.num_rows += other.num_rows
+        self.num_labels += other.num_labels
+        self.num_truncated += other.num_truncated
+        self.num_split += other.num_split
+        self.num_too_long += other.num_too_long
+        self.num_dropped += other.num_dropped
+        for kind, count in other.skipped.items():
+            self.skipped[kind] = self.skipped.get(kind, 0) + count
+        self.places = (self.places + other.places)[:NUM_PLACES]
+
+    def skip(self, kind: str, message: str) -> None:
+        """Counts a row that cannot be used."""
+        self.add(Counts(num_rows=1, skipped={kind: 1}, places=[message]))
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
 
 
 class Part(NamedTuple):
@@ -82,7 +99,10 @@ class Examples:
     @classmethod
     def of(cls, name: str, max_seq_len: int, encoded: Iterable[Encoded]) -> Examples:
         """Of encoded rows: each a list of (tokens, whether each token is to be predicted)."""
-        return _join(name, max_seq_len, _parts(encoded, max_seq_len))
+        builder = PartBuilder(max_seq_len)
+        for row in encoded:
+            builder.add(row)
+        return join(name, max_seq_len, [builder.finish()])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -124,10 +144,10 @@ class Examples:
         """Positions of all examples together, without padding."""
         return len(self.tokens) - len(self)
 
-    @cached_property
+    @property
     def num_labels(self) -> int:
         """Scored positions of all examples together."""
-        return int(np.count_nonzero(self.is_label))
+        return self.counts.num_labels
 
     @cached_property
     def fingerprint(self) -> int:
@@ -135,102 +155,127 @@ class Examples:
         return zlib.crc32(self.ids.tobytes())
 
     def summary(self) -> str:
-        """One line: how much there is, and what was cut or dropped."""
+        """One line: how much there is, and what was cut, dropped or skipped."""
+        counts = self.counts
         parts = [f"{self.name}: {self.num_rows:,} rows"]
-        if len(self) != self.num_rows - self.num_dropped:
+        if len(self) != self.num_rows - counts.num_dropped - counts.num_too_long - counts.num_skipped:
             parts.append(f"{len(self):,} examples")
         share = self.num_labels / self.num_tokens
         longest = self.lengths.max()
         parts.append(f"{self.num_tokens:,} tokens ({share:.0%} with a label), longest {longest:,}")
-        if self.num_truncated:
-            parts.append(f"{self.num_truncated:,} rows truncated to {self.max_seq_len:,} tokens")
-        if self.num_dropped:
-            parts.append(f"{self.num_dropped:,} rows dropped (nothing in them has a label)")
+        if counts.num_truncated:
+            parts.append(f"{counts.num_truncated:,} rows truncated to {self.max_seq_len:,} tokens")
+        if counts.num_split:
+            parts.append(f"{counts.num_split:,} rows split into examples of {self.max_seq_len:,} tokens")
+        if counts.num_too_long:
+            parts.append(f"{counts.num_too_long:,} rows dropped (longer than {self.max_seq_len:,} tokens)")
+        if counts.num_dropped:
+            parts.append(f"{counts.num_dropped:,} rows dropped (nothing in them has a label)")
+        if counts.skipped:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.skipped.items()))
+            parts.append(f"{counts.num_skipped:,} rows skipped ({kinds}; the first: {counts.places[0]})")
         return ", ".join(parts)
 
 
-def load(
-    cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str = "dataset", vocab_size: int | None = None
-) -> Examples:
-    """Reads and tokenises a data set.
+@final
+class PartBuilder:
+    """Collects the examples of some rows, cut to length."""
+
+    def __init__(self, max_seq_len: int, too_long: TooLong = "truncate") -> None:
+        self.counts = Counts()
+        self._max_seq_len = max_seq_len
+        self._too_long = too_long
+        self._tokens = [np.empty(0, np.int32)]
+        self._is_label = [np.empty(0, bool)]
+
+    def add(self, encoded: Encoded) -> None:
+        """Takes the examples that one row makes: (tokens, whether each is to be predicted)."""
+        was_long, was_kept = False, False
+        for row_tokens, row_is_label in encoded:
+            tokens, is_label = np.asarray(row_tokens, np.int32), np.array(row_is_label, bool)
+            is_label[:1] = False  # nothing comes before the first token, so that it cannot be predicted
+            labelled = np.flatnonzero(is_label)
+            # max_seq_len counts inputs; the last label needs no position of its own.
+            was_long |= bool(len(labelled) and labelled[-1] > self._max_seq_len)
+            for start, stop in _pieces(labelled, self._max_seq_len, self._too_long):
+                was_kept = True
+                self._tokens.append(tokens[start:stop])
+                self._is_label.append(is_label[start:stop].copy())
+                self._is_label[-1][0] = False
+        counts = self.counts
+        counts.num_rows += 1
+        if was_long and self._too_long == "drop":
+            counts.num_too_long += 1
+        elif not was_kept:
+            counts.num_dropped += 1
+        elif was_long and self._too_long == "split":
+            counts.num_split += 1
+        elif was_long:
+            counts.num_truncated += 1
+
+    def finish(self) -> Part:
+        sizes = np.array([len(example) for example in self._tokens[1:]], np.int64)
+        tokens, is_label = np.concatenate(self._tokens), np.concatenate(self._is_label)
+        self.counts.num_labels = int(np.count_nonzero(is_label))
+        return Part(tokens, is_label, sizes, example_ids(tokens, is_label, sizes), self.counts)
+
+
+def _pieces(labelled: np.ndarray, max_seq_len: int, too_long: TooLong) -> Iterator[tuple[int, int]]:
+    """Where the examples of one text begin and end: each ends with a label.
 
     Args:
-        cfg: where the rows are and what they look like.
-        tokenizer: that of the student; teacher and student see the same ids.
-        max_seq_len: positions of the longest row; longer rows are truncated (documents of the text format are cut into
-            several examples instead).
-        name: the section of the settings, for messages.
-        vocab_size: rows of the models' embeddings; None: any id of the tokenizer will do.
-
-    Raises:
-        FileNotFoundError: nothing at cfg.source.
-        ValueError: a row of the wrong shape, an id outside of the vocabulary, no rows, or none with a label.
+        labelled: [t] indices of the tokens to be predicted, ascending, none of them 0.
+        max_seq_len: inputs of an example.
+        too_long: what to do with more.
     """
-    encode = row_encoder(cfg, tokenizer, max_seq_len)
-    found = rows.read(cfg.source, split=cfg.split, subset=cfg.name, separator=cfg.separator)
-
-    def encoded() -> Iterator[Encoded]:
-        bar = tqdm(found, f"tokenizing {name}", found.size(), unit=" rows", delay=2.0, leave=False, disable=None)
-        for row in bar:
-            try:
-                examples = encode(row.columns)
-            except ValueError as error:
-                raise ValueError(f"{name}: {row.place}: {error}") from None
-            for tokens, _ in examples:
-                if vocab_size is not None and max(tokens, default=0) >= vocab_size:
-                    raise ValueError(
-                        f"{name}: {row.place} has the token {tokenizer.piece(max(tokens))!r} with id {max(tokens)}, "
-                        f"but the models have {vocab_size} ids. Tokenizer and models do not belong together, or the "
-                        "row holds a special token that they were not built with."
-                    )
-            yield examples
-
-    examples = Examples.of(name, max_seq_len, encoded())
-    if examples.num_rows == 0:
-        raise ValueError(f"{name}: {cfg.source} has no rows" + (f" in split={cfg.split}." if cfg.split else "."))
-    if len(examples) == 0:
-        raise ValueError(
-            f"{name}: none of the {examples.num_rows:,} rows of {cfg.source} has anything to train on: either their "
-            f"answers are empty, or their prompts alone are longer than max_seq_len={max_seq_len}. Look at the "
-            "rows, or raise tokenizer.max_seq_len."
-        )
-    return examples
+    if not len(labelled):
+        return
+    last = int(labelled[-1])
+    if last > max_seq_len and too_long == "drop":
+        return
+    # The last token of a piece is only predicted there and is the first input of the next: none is lost at a cut.
+    for start in range(0, last if too_long == "split" else 1, max_seq_len):
+        behind = int(np.searchsorted(labelled, start + max_seq_len, "right"))
+        if behind and labelled[behind - 1] > start:
+            yield start, int(labelled[behind - 1]) + 1
 
 
-def _parts(encoded: Iterable[Encoded], max_seq_len: int) -> Iterator[Part]:
-    encoded = iter(encoded)
-    while chunk := list(islice(encoded, _CHUNK_SIZE)):
-        yield _part(chunk, max_seq_len)
+def join_documents(parts: Iterable[Part], max_seq_len: int) -> Iterator[Part]:
+    """Puts documents one behind the other and cuts the whole into examples of max_seq_len inputs.
+
+    Args:
+        parts: whole documents; what is between them in `parts` makes no difference.
+        max_seq_len: inputs of an example.
+    """
+    tokens, is_label = np.empty(0, np.int32), np.empty(0, bool)
+    for part in parts:
+        tokens, is_label = np.concatenate([tokens, part.tokens]), np.concatenate([is_label, part.is_label])
+        end = max(0, len(tokens) - 1) // max_seq_len * max_seq_len
+        yield _cut_joined(tokens[: end + 1], is_label[: end + 1], max_seq_len, part.counts)
+        tokens, is_label = tokens[end:], is_label[end:]
+    yield _cut_joined(tokens, is_label, max_seq_len, Counts())
 
 
-def _part(encoded: Sequence[Encoded], max_seq_len: int) -> Part:
-    counts = Counts()
-    tokens, is_label = [np.empty(0, np.int32)], [np.empty(0, bool)]
-    for row in encoded:
-        counts.num_rows += 1
-        was_cut, was_kept = False, False
-        for row_tokens, row_is_label in row:
-            # Nothing comes before the first token, so that it cannot be predicted.
-            labelled = np.flatnonzero(row_is_label[1:]) + 1
-            if not len(labelled):
-                continue
-            # max_seq_len counts inputs; the last label needs no position of its own.
-            was_cut |= bool(labelled[-1] > max_seq_len)
-            labelled = labelled[labelled <= max_seq_len]
-            if not len(labelled):
-                continue
-            was_kept = True
-            tokens.append(np.array(row_tokens[: labelled[-1] + 1], np.int32))
-            is_label.append(np.zeros(labelled[-1] + 1, bool))
-            is_label[-1][labelled] = True
-        counts.num_truncated += was_cut and was_kept
-        counts.num_dropped += not was_kept
-    sizes = np.array([len(example) for example in tokens[1:]], np.int64)
-    flat_tokens, flat_is_label = np.concatenate(tokens), np.concatenate(is_label)
-    return Part(flat_tokens, flat_is_label, sizes, example_ids(flat_tokens, flat_is_label, sizes), counts)
+def _cut_joined(tokens: np.ndarray, is_label: np.ndarray, max_seq_len: int, counts: Counts) -> Part:
+    builder = PartBuilder(max_seq_len, "split")
+    builder.add([(tokens, is_label)])
+    part = builder.finish()
+    return part._replace(counts=replace(counts, num_labels=part.counts.num_labels))
 
 
-def _join(name: str, max_seq_len: int, parts: Iterable[Part]) -> Examples:
+def whole_documents(encoded: Sequence[Encoded], counts: Counts) -> Part:
+    """Documents as they are, for `join_documents`."""
+    documents = [document for row in encoded for document in row]
+    counts.num_rows += len(encoded)
+    counts.num_dropped += sum(not row for row in encoded)
+    tokens = [np.empty(0, np.int32), *(np.asarray(tokens, np.int32) for tokens, _ in documents)]
+    is_label = [np.empty(0, bool), *(np.asarray(is_label, bool) for _, is_label in documents)]
+    sizes = np.array([len(document) for document in tokens[1:]], np.int64)
+    return Part(np.concatenate(tokens), np.concatenate(is_label), sizes, np.empty(0, np.uint64), counts)
+
+
+def join(name: str, max_seq_len: int, parts: Iterable[Part]) -> Examples:
+    """All parts in memory."""
     columns = bytearray(), bytearray(), bytearray(), bytearray()
     counts = Counts()
     for part in parts:

@@ -6,8 +6,11 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kdtune.data.chats import Encoded, Labelled, check_stop, encode_turns, read_messages, split_turns
+from kdtune.data import token_files
+from kdtune.data.chats import Labelled, check_stop, encode_turns, read_messages, split_turns
 from kdtune.data.config import DatasetConfig
+from kdtune.data.examples import Encoded
+from kdtune.data.rows import BadRow
 from kdtune.tokenizers import Tokenizer
 
 Columns = Mapping[str, Any]
@@ -29,10 +32,11 @@ _COLUMNS = {
     "chat": ("messages", "tools"),
     "completion": ("prompt", "completion"),
     "text": ("text",),
+    "tokens": ("tokens", "labels", "mask"),
 }
 
 
-def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> Callable[[Columns], Encoded]:
+def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer) -> Callable[[Columns], Encoded]:
     """The function that turns one row into tokens.
 
     Raises:
@@ -51,9 +55,9 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
             f"column_map has {unknown[0]!r}, which the format {cfg.format} does not read. It maps the names of the "
             f"format, or of prompt_template, to the columns of the rows; the names are {', '.join(known)}."
         )
-    if cfg.train_on_input and cfg.format == "text":
+    if cfg.train_on_input and cfg.format in ("text", "tokens"):
         raise ValueError(
-            "train_on_input=true says nothing for format=text, where every token is labelled. Leave it out."
+            f"train_on_input=true says nothing for format={cfg.format}, whose rows have no prompt. Leave it out."
         )
 
     if cfg.format != "chat" and (cfg.chat_template is not None or cfg.train_on_last_turn):
@@ -68,9 +72,11 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int) -> C
         chat_tokenizer = tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
         check_stop(chat_tokenizer)  # raises if there is no template
         return lambda row: _encode_chat(row, cfg, chat_tokenizer)
+    if cfg.format == "tokens":
+        return lambda row: token_files.encode(row, cfg.column_map)
     eos_id = tokenizer.eos_id  # raises if there is none
     if cfg.format == "text":
-        return lambda row: _encode_text(row, cfg, tokenizer, eos_id, max_seq_len)
+        return lambda row: _encode_text(row, cfg, tokenizer, eos_id)
     if cfg.format == "completion":
         return lambda row: _encode_pair(
             _text(row, "prompt", cfg), _text(row, "completion", cfg), cfg.train_on_input, tokenizer, eos_id
@@ -93,14 +99,12 @@ def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Toke
     return [(prompt_ids + answer_ids, [train_on_input] * len(prompt_ids) + [True] * len(answer_ids))]
 
 
-def _encode_text(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer, eos_id: int, max_seq_len: int) -> Encoded:
+def _encode_text(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer, eos_id: int) -> Encoded:
     text = _text(row, "text", cfg)
     if not text:
         return []
     ids = [*tokenizer.encode(text), eos_id]
-    # The last token of a piece is only predicted there and is the first input of the next: none is lost at a cut.
-    pieces = [ids[start : start + max_seq_len + 1] for start in range(0, len(ids) - 1, max_seq_len)]
-    return [(piece, [True] * len(piece)) for piece in pieces]
+    return [(ids, [True] * len(ids))]
 
 
 def _encode_chat(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer) -> Encoded:
@@ -151,16 +155,17 @@ def _string(row: Columns, column: str, name: str) -> str:
     if isinstance(value, (int, float)):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is a {type(value).__name__}, expected text.")
+        raise BadRow("wrong type", f"column {column!r} is a {type(value).__name__}, expected text.")
     return value
 
 
 def _value(row: Columns, column: str, name: str) -> Any:
     if column not in row:
-        raise ValueError(
+        raise BadRow(
+            "missing column",
             f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, "
-            f"say so: column_map={{{name}: <column>}}."
+            f"say so: column_map={{{name}: <column>}}.",
         )
     if row[column] is None:
-        raise ValueError(f"column {column!r} is null, expected a value.")
+        raise BadRow("null", f"column {column!r} is null, expected a value.")
     return row[column]

@@ -16,6 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast, final
 
+from kdtune.data import token_files
+
 _SPLIT = re.compile(r"(?P<name>[^\[\]]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -119,7 +121,15 @@ class Rows:
         return max(0, (stop if total is None else min(stop, total)) - start)
 
 
-def read(source: str, *, split: str | None = None, subset: str | None = None, separator: str | None = None) -> Rows:
+def read(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    separator: str | None = None,
+    token_dtype: token_files.TokenDtype | None = None,
+    document_end_id: int | None = None,
+) -> Rows:
     """The rows of a file, of the data files in a folder, or of a data set on the hub.
 
     Args:
@@ -127,6 +137,8 @@ def read(source: str, *, split: str | None = None, subset: str | None = None, se
         split: name of a split, rows of it in brackets (counts or percent), or both: "test", "train[:90%]", "[:1000]".
         subset: configuration of a hub data set.
         separator: cuts text files into rows.
+        token_dtype: how ids are stored in .bin files that have no index.
+        document_end_id: cuts arrays of ids into rows.
 
     Raises:
         FileNotFoundError: no such file, folder or hub data set.
@@ -139,7 +151,7 @@ def read(source: str, *, split: str | None = None, subset: str | None = None, se
             raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")
         if path.is_dir() and (path / "state.json").is_file():
             return Rows([_saved(path)], bounds)
-        return Rows([_file(file, separator) for file in _files(path, name)], bounds)
+        return Rows([_file(file, separator, token_dtype, document_end_id) for file in _files(path, name)], bounds)
     if _HUB_NAME.fullmatch(source) and _kind(path) is None:
         return Rows([_hub(source, subset, name or "train")], bounds)
     raise FileNotFoundError(
@@ -175,6 +187,7 @@ def _files(path: Path, split: str | None) -> list[Path]:
             file.is_file()
             and kind
             and not is_hidden
+            and not (kind == "bin" and file.with_suffix(".idx").is_file())
             and not file.name.startswith(("dataset_info", "README", "LICENSE"))
         ):
             found.setdefault(kind, []).append(file)
@@ -183,7 +196,8 @@ def _files(path: Path, split: str | None) -> list[Path]:
     if len(found) != 1:
         there = ", ".join(f"{len(files)} {kind}" for kind, files in found.items()) or "none"
         raise ValueError(
-            f"{path} must hold data files of one kind (json, jsonl, csv, parquet or txt); there are: {there}."
+            f"{path} must hold data files of one kind (json, jsonl, csv, parquet, txt, npy, bin or idx); there are: "
+            f"{there}."
         )
     (files,) = found.values()
 
@@ -214,18 +228,30 @@ def _kind(path: Path) -> str | None:
         ".csv": "csv",
         ".parquet": "parquet",
         ".txt": "text",
+        ".npy": "npy",
+        ".bin": "bin",
+        ".idx": "idx",
     }
     return kinds.get(Path(name).suffix.lower())
 
 
-def _file(path: Path, separator: str | None) -> Shard:
+def _file(
+    path: Path, separator: str | None, token_dtype: token_files.TokenDtype | None, document_end_id: int | None
+) -> Shard:
     kind = _kind(path)
     if kind is None:
         raise ValueError(
-            f"{path}: cannot tell what this is. Known endings: .json, .jsonl, .csv, .parquet, .txt, and .gz of these."
+            f"{path}: cannot tell what this is. Known endings: .json, .jsonl, .csv, .txt, and .gz of these; .parquet; "
+            "of ids: .npy, .bin, .idx."
         )
+    if kind == "bin" and path.with_suffix(".idx").is_file():
+        path, kind = path.with_suffix(".idx"), "idx"
     if separator is not None and kind != "text":
         raise ValueError(f"separator={separator!r} is for text files, but {path} is {kind}. Leave it out.")
+    if token_dtype is not None and kind not in ("npy", "bin"):
+        raise ValueError(f"token_dtype={token_dtype} is for .bin files without an index, not for {path}. Leave it out.")
+    if kind in ("npy", "bin", "idx"):
+        return _token_file(path, kind, token_dtype, document_end_id)
     if kind == "parquet":
         size = _parquet_size(path)
         return Shard(str(path), [path], partial(_read_parquet, path), lambda: size, size)
@@ -349,6 +375,28 @@ def _documents(file: IO[str], separator: str | None) -> Iterator[str]:
         *documents, rest = (rest + block).split(separator)
         yield from documents
     yield rest
+
+
+def _token_file(
+    path: Path, kind: str, token_dtype: token_files.TokenDtype | None, document_end_id: int | None
+) -> Shard:
+    if document_end_id is None:
+        raise ValueError(f"{path} holds ids, not text. Say so: format=tokens.")
+    size: int | None = None
+    cut: Callable[[], Iterator[Any]]
+    if kind == "idx":
+        indexed = token_files.open_indexed(path)
+        files, size, cut = [path, path.with_suffix(".bin")], len(indexed), partial(iter, indexed)
+    else:
+        array = token_files.open_array(path, token_dtype)
+        files, size = [path], len(array) if array.ndim == 2 else None
+        cut = partial(token_files.documents, array, document_end_id)
+
+    def read() -> Iterator[Row]:
+        for number, ids in enumerate(cut(), start=1):
+            yield Row({"tokens": ids}, str(path), "document", number)
+
+    return Shard(str(path), files, read, lambda: sum(1 for _ in cut()) if size is None else size, size)
 
 
 def _parquet_size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """One tokenizer for every folder: the library that reads its files is an inner matter."""
 
 import copy
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from kdtune.tokenizers.backends import (
 from kdtune.tokenizers.folder import Settings, read_settings
 
 Message = Mapping[str, Any]  # role, content, perhaps tool_calls
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 # Names by which a vocabulary says that an entry means nothing yet.
 _PLACEHOLDER = re.compile(rb"reserved|unused|extra_id|placeholder", re.IGNORECASE)
@@ -51,6 +54,7 @@ class Tokenizer:
         self, backend: JsonBackend | SentencePieceBackend | TiktokenBackend, settings: Settings, source: Path
     ) -> None:
         self._backend = backend
+        self._settings = settings
         self._templates = settings.chat_templates
         self._pieces = backend.pieces()
         self.source = source
@@ -236,6 +240,16 @@ class Tokenizer:
         """Ids of the rendered messages. No bos beyond the one that the template itself writes."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self.encode(text, bos=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file of the vocabulary, a setting beside it or the chat template does."""
+        digest = hashlib.blake2b(repr((self._settings, sorted(self._templates.items()))).encode(), digest_size=16)
+        folder = self.source if self.source.is_dir() else self.source.parent
+        for path in sorted({self.source, *(folder / name for name in _VOCABULARY_FILES)}):
+            if path.is_file():
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def ids(self) -> list[int]:
         """All ids that stand for something, ascending; there may be gaps."""

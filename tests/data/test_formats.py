@@ -242,17 +242,20 @@ def test_truncated_and_dropped_rows_are_counted(qwen: tokenizers.Tokenizer, tmp_
     # The positions of the first row: its last token is predicted but is not an input.
     whole = prompt + answer - 1
     for max_seq_len, truncated, dropped in [
-        (whole, 0, 1),
-        (whole - 1, 1, 1),
-        (prompt, 1, 1),
-        (prompt - 1, 0, 2),
+        (whole, 0, 0),
+        (whole - 1, 1, 0),
+        (prompt, 1, 0),
+        (prompt - 1, 0, 1),
     ]:
-        examples = load(tmp_path, rows, qwen, max_seq_len, format="completion")
+        examples = load(tmp_path, rows, qwen, max_seq_len, format="completion", on_error="skip")
         assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (3, truncated, dropped)
+        assert examples.counts.skipped == {"empty answer": 1}
         assert max(map(examples.length, range(len(examples)))) <= max_seq_len
         if max_seq_len == prompt:
             assert examples[0][1].tolist() == [IGNORE] * (prompt - 1) + qwen.encode("does", continues=True)[:1]
-    assert "2 rows dropped" in examples.summary()
+    assert "1 rows dropped" in examples.summary()
+    with pytest.raises(ValueError, match=r"row 2 of .* there is no answer, .*dataset\.on_error=skip"):
+        load(tmp_path, rows, qwen, format="completion")
 
 
 def test_nothing_left(qwen: tokenizers.Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""From the settings of a data set to its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from tqdm import tqdm
+
+from kdtune.data import cache, rows
+from kdtune.data.config import DatasetConfig
+from kdtune.data.encoding import RowEncoder
+from kdtune.data.examples import Counts, Examples, Part, join, join_documents
+from kdtune.data.workers import ordered_map
+from kdtune.tokenizers import Tokenizer
+
+_CHUNK_SIZE = 256  # rows that are tokenised together, here or in another process
+
+
+def load(
+    cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str = "dataset", vocab_size: int | None = None
+) -> Examples:
+    """Reads and tokenises a data set, or finds it in cfg.cache_dir.
+
+    Args:
+        cfg: where the rows are and what they look like.
+        tokenizer: that of the student; teacher and student see the same ids.
+        max_seq_len: positions of the longest example; cfg.too_long says what becomes of more.
+        name: the section of the settings, for messages.
+        vocab_size: rows of the models' embeddings; None: as many as the tokenizer has ids.
+
+    Raises:
+        FileNotFoundError: nothing at cfg.source.
+        ValueError: a row of the wrong shape, an id outside of the vocabulary, no rows, or none with a label.
+    """
+    encode = RowEncoder(cfg, tokenizer, max_seq_len, name, vocab_size)
+    found = read_rows(cfg, tokenizer)
+    parts = _parts(cfg, found, encode, max_seq_len, name)
+    if cfg.cache_dir is None:
+        examples = join(name, max_seq_len, parts)
+        _check(cfg, examples.counts, len(examples), max_seq_len, name)
+    else:
+        key = cache.key(cfg, found, tokenizer, max_seq_len, vocab_size)
+        examples = _cached(cfg, cfg.cache_dir, key, parts, max_seq_len, name)
+    for place in examples.counts.places:
+        print(f"{name}: skipped {place}")
+    return examples
+
+
+def read_rows(cfg: DatasetConfig, tokenizer: Tokenizer) -> rows.Rows:
+    """The rows that the settings name."""
+    end_id = None
+    if cfg.format == "tokens":
+        end_id = tokenizer.eos_id if cfg.document_end_id is None else cfg.document_end_id
+    elif cfg.document_end_id is not None or cfg.token_dtype is not None:
+        which = "document_end_id" if cfg.document_end_id is not None else "token_dtype"
+        raise ValueError(f"{which} is for format=tokens, not {cfg.format}. Leave it out.")
+    return rows.read(
+        cfg.source,
+        split=cfg.split,
+        subset=cfg.name,
+        separator=cfg.separator,
+        token_dtype=cfg.token_dtype,
+        document_end_id=end_id,
+    )
+
+
+def _parts(cfg: DatasetConfig, found: rows.Rows, encode: RowEncoder, max_seq_len: int, name: str) -> Iterator[Part]:
+    items = found.items()
+    chunks = iter(lambda: list(islice(items, _CHUNK_SIZE)), [])
+    parts = ordered_map(encode, chunks, cfg.num_workers)
+    with tqdm(desc=f"tokenizing {name}", total=found.size(), unit=" rows", delay=2.0, leave=False, disable=None) as bar:
+
+        def counted() -> Iterator[Part]:
+            for part in parts:
+                bar.update(part.counts.num_rows)
+                yield part
+
+        yield from join_documents(counted(), max_seq_len) if cfg.join_documents else counted()
+
+
+def _cached(
+    cfg: DatasetConfig, cache_dir: str, key: dict[str, object], parts: Iterator[Part], max_seq_len: int, name: str
+) -> Examples:
+    folder = cache.folder(cache_dir, cfg.source, key)
+    try:
+        examples = cache.read(folder, key, name, max_seq_len)
+    except cache.Damaged as error:
+        print(f"{name}: {error}. The rows are tokenised again.")
+        cache.remove(folder)
+        examples = None
+    if examples is not None:
+        return examples
+
+    def checked() -> Iterator[Part]:
+        counts, num_examples = Counts(), 0
+        for part in parts:
+            counts.add(part.counts)
+            num_examples += len(part.sizes)
+            yield part
+        _check(cfg, counts, num_examples, max_seq_len, name)  # before the set gets its name
+
+    cache.write(folder, key, checked())
+    examples = cache.read(folder, key, name, max_seq_len)
+    assert examples is not None
+    return examples
+
+
+def _check(cfg: DatasetConfig, counts: Counts, num_examples: int, max_seq_len: int, name: str) -> None:
+    if counts.num_rows == 0:
+        raise ValueError(f"{name}: {cfg.source} has no rows" + (f" in split={cfg.split}." if cfg.split else "."))
+    if num_examples == 0:
+        skipped = f" {counts.num_skipped:,} were skipped, the first: {counts.places[0]}" if counts.skipped else ""
+        raise ValueError(
+            f"{name}: none of the {counts.num_rows:,} rows of {cfg.source} has anything to train on: either they have "
+            f"no answers, or their prompts alone are longer than max_seq_len={max_seq_len}. Look at the rows, or raise "
+            f"tokenizer.max_seq_len.{skipped}"
+        )

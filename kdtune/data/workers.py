@@ -1,0 +1,65 @@
+"""A function over many items in several processes, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_WAITING_PER_WORKER = 4  # items that are sent ahead of the one whose result is asked for
+
+_function: Callable[[Any], Any]  # of this worker
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+    """`map(function, items)`, computed by `num_workers` processes; 0: by this one.
+
+    Items are taken only a little ahead of the results, so that memory does not grow with their number. Processes are
+    spawned: a fork would copy the threads and locks of torch and of the tokenizers in whatever state they are.
+
+    Args:
+        function: can be pickled, as can items and results. It is sent once to each process.
+        items: in their order.
+        num_workers: processes.
+
+    Raises:
+        ValueError: a process died, most likely for lack of memory. What `function` raises comes out as it is.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(function,))
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) > num_workers * _WAITING_PER_WORKER:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of the {num_workers} processes that tokenise ended by itself; often the machine is out of memory. "
+            "Take fewer (num_workers), or 0 to tokenise in this process."
+        ) from None
+    finally:
+        # Also after Ctrl-C and errors: what was not begun is not, and nobody waits for what was.
+        pool.shutdown(wait=not waiting, cancel_futures=True)
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that waits for them stops them
+    _function = function
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
