@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "teacher": {"config", "data", "models", "losses"},
     "checkpoint": {"config", "models", "tokenizers"},
     "generation": {"config", "models", "tokenizers"},
-    "cli": {"cli", "config"},
+    "cli": {"cli", "config", "data"},
 }
 
 

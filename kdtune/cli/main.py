@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import kdtune
 from kdtune.cli import catalog
+from kdtune.cli.terminal import visible
 
 # Each is a module of this package with `main(argv)`; only the one that is called is imported.
 COMMANDS = {
@@ -15,6 +16,7 @@ COMMANDS = {
     "cp": "copy a recipe or a config, to change it",
     "cat": "print a recipe or a config",
     "validate": "check a config against its recipe's settings",
+    "data": "look at what a run would train on",
     "download": "fetch a model from the Hugging Face hub",
 }
 
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("KDTUNE_TRACEBACK") == "1":
             raise
-        print(f"kdtune: error: {error}", file=sys.stderr)
+        print(f"kdtune: error: {visible(str(error), keep=chr(10))}", file=sys.stderr)  # it may quote a row
         raise SystemExit(2) from None
 
 

@@ -1,12 +1,18 @@
-"""What a run reads."""
+"""What a run reads, and a look at it: rows token by token, and the numbers of an epoch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from kdtune.data.batch import Batch
-from kdtune.data.examples import Examples
+import numpy as np
+from torch import Tensor
+
+from kdtune.data.batch import IGNORE, Batch, count_labels
+from kdtune.data.examples import Examples, example_ids
 from kdtune.data.loader import Loader
+from kdtune.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,169 @@ class RunData:
         """One line: how much there is to train on, and to validate on."""
         validation = f"; validation: {self.examples_val.summary()}" if self.examples_val else ""
         return f"{self.loader.examples.summary()}, {self.loader.summary()}{validation}"
+
+
+@dataclass(frozen=True)
+class Token:
+    """What one id stands for; or several, where a character is spread over them."""
+
+    text: str  # as it is: anything may be in it
+    ids: tuple[int, ...]
+    is_label: bool  # it is to be predicted
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a row: all of the row, unless rows are packed."""
+
+    tokens: list[Token]  # the last may be a label only, which is predicted and no input
+    length: int  # positions
+    num_labels: int
+    origin: str  # "row 12" as they were read, or "example 12" of those that they made; "": not known
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a batch, without its padding, and where it stands, from 1."""
+
+    number: int  # among all rows that are dealt out
+    step: int
+    micro_batch: int
+    documents: list[Document]
+
+
+@dataclass
+class Survey:
+    """Batches, counted; and some of their rows."""
+
+    rows: list[Row] = field(default_factory=list)
+    num_rows: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0  # positions that are no padding
+    num_positions: int = 0  # of all the rectangles
+    labels_per_step: list[int] = field(default_factory=list)
+
+
+def survey(
+    steps: Iterable[Sequence[Batch]], examples: Examples, tokenizer: Tokenizer, *, start: int, num_rows: int
+) -> Survey:
+    """Goes through batches, and spells out the rows `start` to `start + num_rows - 1`, counted from 1."""
+    found = Survey()
+    known = frozenset(tokenizer.ids())
+    for step, micro_batches in enumerate(steps, start=1):
+        found.labels_per_step.append(count_labels(micro_batches))
+        for number, batch in enumerate(micro_batches, start=1):
+            documents = _documents(batch)
+            for i in range(len(documents)):
+                if start <= found.num_rows + i + 1 < start + num_rows:
+                    cut = list(_cut(batch, documents, i))
+                    shown = [_document(tokens, labels, examples, tokenizer, known) for tokens, labels in cut]
+                    found.rows.append(Row(found.num_rows + i + 1, step, number, shown))
+            found.num_rows += len(documents)
+            found.num_documents += int((documents.amax(1) + 1).sum())
+            found.num_tokens += int((documents >= 0).sum())
+            found.num_positions += documents.numel()
+    return found
+
+
+def _documents(batch: Batch) -> Tensor:
+    """[b, s]: which document a position is of, -1 for padding. A row that is not packed ends with its last label."""
+    if batch.documents is not None:
+        return batch.documents
+    is_label = batch.labels != IGNORE
+    is_used = is_label.flip(1).cumsum(1).flip(1) > 0  # a label is here or further on
+    return is_used.long() - 1
+
+
+def _cut(batch: Batch, documents: Tensor, i: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens [s] and labels [s] of each document of row i."""
+    for document in range(int(documents[i].max()) + 1):
+        inside = documents[i] == document
+        yield batch.tokens[i][inside], batch.labels[i][inside]
+
+
+def _document(
+    tokens: Tensor, labels: Tensor, examples: Examples, tokenizer: Tokenizer, known: frozenset[int]
+) -> Document:
+    is_label = labels != IGNORE
+    ids = tokens.tolist()
+    flags = [False, *is_label.tolist()]  # nothing predicts the first token
+    if flags[-1]:
+        ids.append(int(labels[-1]))
+    flags = flags[: len(ids)]
+    (own,) = example_ids(np.array(ids, np.int32), np.array(flags), np.array([len(ids)]))
+    found = np.flatnonzero(examples.ids == own)  # several where the data hold something twice
+    origin = f"{_unit(examples)} {found[0] + 1:,}" if len(found) else ""
+    return Document(list(spell(ids, flags, tokenizer, known)), len(tokens), int(is_label.sum()), origin)
+
+
+def _unit(examples: Examples) -> str:
+    """What examples are numbered by: the rows as they were read, if each made one example."""
+    return "row" if len(examples) == examples.num_rows and not examples.num_dropped else "example"
+
+
+def spell(ids: Sequence[int], is_label: Sequence[bool], tokenizer: Tokenizer, known: frozenset[int]) -> Iterator[Token]:
+    """Tokens as text. Those that hold parts of one character stand together; parts that make none show as bytes.
+
+    Args:
+        ids: of a document.
+        is_label: whether each is to be predicted.
+        tokenizer: theirs.
+        known: `tokenizer.ids()`; others show as numbers.
+    """
+    waiting: list[int] = []  # ids that end inside a character, all with a label or all without
+    label = False
+
+    def broken() -> Iterator[Token]:
+        for id in waiting:
+            yield Token(tokenizer.piece_bytes(id).decode(errors="backslashreplace"), (id,), label, False)
+        waiting.clear()
+
+    for id, is_labelled in zip(ids, is_label, strict=True):
+        is_special = id in tokenizer.special_ids or id not in known
+        if is_special or is_labelled != label or _decode(tokenizer, [*waiting, id]) is None:
+            yield from broken()
+        label = is_labelled
+        if is_special:
+            yield Token(tokenizer.piece(id) if id in known else f"<id {id}>", (id,), label, True)
+            continue
+        waiting.append(id)
+        text = _decode(tokenizer, waiting)
+        if text is None:
+            yield from broken()
+        elif text:
+            yield Token(text, tuple(waiting), label, False)
+            waiting.clear()
+    yield from broken()
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
+    """The text of ids; "" if it ends inside a character, None if no text begins so."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(b"".join(map(tokenizer.piece_bytes, ids)))
+    except UnicodeDecodeError:
+        return None
+    return "" if decoder.getstate()[0] else text
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Examples of `first` to `last` positions, both included."""
+
+    first: int
+    last: int
+    count: int
+
+
+def histogram(lengths: np.ndarray, max_seq_len: int, num_bins: int = 15) -> list[Bin]:
+    """Bins of one round width that hold all lengths, none of which is above `max_seq_len`."""
+    longest = int(lengths.max())
+    widths = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+    width = next(width for width in widths if width * num_bins >= longest)
+    counts = np.bincount((lengths - 1) // width)
+    return [
+        Bin(i * width + 1, min((i + 1) * width, max(longest, max_seq_len)), count)
+        for i, count in enumerate(counts.tolist())
+    ]

@@ -102,7 +102,15 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["ls"], ["cat", "distil"], ["cp", "distil", "."], ["run", "distill"], ["run", "distil", "--config", "tinny"]],
+    [
+        ["ls"],
+        ["cat", "distil"],
+        ["cp", "distil", "."],
+        ["run", "distill"],
+        ["run", "distil", "--config", "tinny"],
+        ["data", "--help"],
+        ["data", "distill"],
+    ],
 )
 def test_torch_is_not_imported(argv: list[str], shipped: Path) -> None:
     code = f"""

@@ -1,0 +1,411 @@
+"""`kdtune data`: what it shows is what a run trains on, and nothing in the rows gets at the terminal or the page."""
+
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+
+from kdtune import tokenizers
+from kdtune.cli import data as command
+from kdtune.cli import data_page, data_text, terminal
+from kdtune.data import view
+
+from .conftest import Run
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eback \r<script>alert(1)</script> & \"quoted\" 'single' \u27e6mark\u27e7"
+
+
+def argv(tiny: Path, *more: str, recipe: str = "finetune") -> list[str]:
+    """`kdtune data` with the settings of a tiny run: ten rows, in steps of 4, 4 and 2."""
+    arguments = tiny_runs.arguments(tiny, tiny / "never", recipe=recipe)
+    return ["data", *arguments[1:], *more]
+
+
+def rows_file(path: Path, *pairs: tuple[str, str]) -> Path:
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def bodies(out: str) -> list[str]:
+    """The text of each document, as it is shown without colour."""
+    found = re.findall(r"^(?:row|-- document) .*\n((?:  .*\n|  \n)+)", out, re.MULTILINE)
+    return ["\n".join(line[2:] for line in body.splitlines()) for body in found]
+
+
+def read(body: str) -> tuple[str, str]:
+    """What is shown without and with a label, as text again."""
+    text = body.replace("↵\n", "\n").replace("⟪", "").replace("⟫", "")
+    return "".join(re.split(r"⟦.*?⟧", text, flags=re.DOTALL)), "".join(re.findall(r"⟦(.*?)⟧", text, re.DOTALL))
+
+
+def fact(out: str, name: str) -> str:
+    (value,) = re.findall(rf"^{name}  +(.*)", out, re.MULTILINE)
+    return str(value)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number.replace(",", "")) for number in re.findall(r"\b[\d,]+\b(?![.%])", text)]
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "knowledge_distillation"])
+def test_every_row_is_shown_with_its_labels(recipe: str, tiny: Path, kdtune: Run) -> None:
+    status, out, err = kdtune(*argv(tiny, "--rows", "99", recipe=recipe))
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    expected = {("<|begin_of_text|>" + row["prompt"], row["completion"] + "<|end_of_text|>") for row in rows}
+    assert {read(body) for body in bodies(out)} == expected
+    assert len(bodies(out)) == len(rows)
+    assert "⟪<|begin_of_text|>⟫" in out
+    origins = [int(number) for number in re.findall(r"from row (\d+)$", out, re.MULTILINE)]
+    assert [read(body)[1] for body in bodies(out)] == [
+        rows[number - 1]["completion"] + "<|end_of_text|>" for number in origins
+    ]
+
+
+def test_length_and_labels_of_a_row(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    tokenizer = tokenizers.load(tiny / "student")
+    source = rows_file(tmp_path / "one.jsonl", ("What is 2+2? ", "4"))
+    num_prompt, num_answer = len(tokenizer.encode("What is 2+2? ")), len(tokenizer.encode("4", continues=True)) + 1
+    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
+    assert (
+        f"row 1 (step 1, micro-batch 1): {num_prompt + num_answer - 1} tokens, {num_answer} with a label, from row 1\n"
+    ) in out
+
+
+def test_numbers_are_those_of_the_run(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    tiny_runs.finetune(tiny, tmp_path / "run")
+    per_step = [step["num_tokens"] for step in tiny_runs.steps(tmp_path / "run")][:3]
+    _, out, _ = kdtune(*argv(tiny))
+    assert numbers(fact(out, "labels per step")) == sorted(per_step)
+    assert fact(out, "rows") == "10 read, 0 dropped, 0 truncated"
+    assert fact(out, "steps") == "3 per epoch, 9 in the run (3 epochs)"
+    assert fact(out, "batches").startswith("10 rows in 3 steps of an epoch; ")
+    num_tokens = int(fact(out, "tokens").partition(";")[0].replace(",", ""))
+    assert f"; {sum(per_step) / num_tokens:.1%} with a label, " in fact(out, "tokens")
+
+
+def test_a_run_that_ends_in_its_first_epoch(tiny: Path, kdtune: Run) -> None:
+    _, out, _ = kdtune(*argv(tiny, "max_steps=2"))
+    assert fact(out, "batches").startswith("8 rows in 2 steps of the run; ")
+    assert fact(out, "steps") == "3 per epoch, 2 in the run (0.67 epochs)"
+
+
+def test_padding(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    # The prompts have no label and two lengths, so that one row of each two is padded by their difference.
+    source = rows_file(tmp_path / "two.jsonl", ("a", "b"), ("a a a a a", "b"))
+    tokenizer = tokenizers.load(tiny / "student")
+    short, long = (
+        len(tokenizer.encode(text)) + len(tokenizer.encode("b", continues=True)) for text in ("a", "a a a a a")
+    )
+    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
+    fill = (short + long) / (2 * long)
+    assert fact(out, "batches") == f"2 rows in 1 step of an epoch; {fill:.1%} filled, {1 - fill:.1%} padding"
+
+
+def test_packed_rows_show_their_documents(tiny: Path, kdtune: Run) -> None:
+    _, out, _ = kdtune(*argv(tiny, "dataset.packed=true", "tokenizer.max_seq_len=128", "--rows", "99"))
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    shown = {read(body)[1] for body in bodies(out)}
+    assert shown == {row["completion"] + "<|end_of_text|>" for row in rows}
+    assert re.search(
+        r"^row 1 \(step 1, micro-batch 1\): [2-9] documents, \d+ tokens\n-- document 1: ", out, re.MULTILINE
+    )
+    assert "-- document 2: " in out
+    assert re.match(r"\d rows of 10 documents in ", fact(out, "batches"))
+
+
+def test_validation_rows(tiny: Path, kdtune: Run) -> None:
+    status, out, _ = kdtune(*argv(tiny, *tiny_runs.validated_on(tiny), "--val", "--rows", "99"))
+    assert status == 0
+    assert out.startswith("finetune: dataset_val, ")
+    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated"
+    assert fact(out, "batches").startswith("3 rows in 2 batches; ")
+    assert len(bodies(out)) == 3
+    assert "steps" not in out.replace("(step", "")
+    assert "--val: these settings have no dataset_val" in kdtune(*argv(tiny, "--val"))[2]
+
+
+def test_rows_and_start(tiny: Path, kdtune: Run) -> None:
+    every = bodies(kdtune(*argv(tiny, "--rows", "99"))[1])
+    assert bodies(kdtune(*argv(tiny))[1]) == every[:3]
+    assert bodies(kdtune(*argv(tiny, "--rows", "2", "--start", "9"))[1]) == every[8:10]
+    assert bodies(kdtune(*argv(tiny, "--rows", "0", "--start", "99"))[1]) == []
+    assert "--start 11: there are 10 rows." in kdtune(*argv(tiny, "--start", "11"))[2]
+
+
+def test_no_model_is_read(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (tiny / "student" / name).exists():
+            (tmp_path / name).write_bytes((tiny / "student" / name).read_bytes())
+    missing = [f"tokenizer.path={tmp_path}", "checkpointer.checkpoint_dir=none", "device=cuda"]
+    arguments = argv(tiny, *missing, "teacher_checkpointer.checkpoint_dir=none", recipe="knowledge_distillation")
+    assert kdtune(*arguments)[0] == 0
+    assert not (tiny / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rows", "-1"], "--rows -1"),
+        (["--rows", "x"], "argument --rows: invalid int value: 'x'"),
+        (["--start", "0"], "--start 0: rows are counted from 1."),
+        (["--html", "rows.jsonl"], "give a file that ends in .html"),
+        (["--html", "no/such/folder/a.html"], "a folder that exists"),
+        (["--row", "3"], "Did you mean --rows?"),
+        (["dataset.sorce=x"], "Did you mean dataset.source"),
+        (["dataset.source=nowhere.jsonl"], "no file or folder nowhere.jsonl"),
+    ],
+)
+def test_mistakes(more: list[str], words: str, tiny: Path, kdtune: Run) -> None:
+    status, out, err = kdtune(*argv(tiny, *more))
+    assert (status, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_recipes_that_read_no_data(kdtune: Run, shipped: Path) -> None:
+    status, _, err = kdtune("data", "distil", "--config", "tiny")
+    assert status == 2
+    assert "distil.py has no load_tokenizer and no load_data" in err
+
+
+def test_generate_reads_no_data(kdtune: Run) -> None:
+    assert kdtune("data", "generate", "--config", "tiny") == (
+        2,
+        "",
+        "kdtune: error: generate reads no data set, so there is nothing to look at.\n",
+    )
+
+
+# Colour.
+
+
+def test_colour_on_a_terminal_only(tiny: Path, kdtune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in kdtune(*argv(tiny))[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, out, _ = kdtune(*argv(tiny, "--rows", "99"))
+    assert "⟦" not in out
+    # What is green or cyan is what has a label.
+    painted = re.findall(r"\x1b\[(\d+(?:;\d+)*)m([^\x1b]*)\x1b\[0m", out.partition("\nrows  ")[0])
+    legend = 3
+    labelled = "".join(text for code, text in painted[legend:] if code.startswith("1;3"))
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    assert sorted(labelled.split("<|end_of_text|>")[:-1]) == sorted(row["completion"] for row in rows)
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert "\x1b" not in kdtune(*argv(tiny))[1]
+
+
+# What rows must not do.
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_nothing_in_a_row_reaches_the_terminal(
+    is_terminal: bool, tiny: Path, kdtune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    source = rows_file(tmp_path / "bad.jsonl", (HOSTILE + "\nrow 7: forged\n", HOSTILE))
+    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}", "tokenizer.max_seq_len=4096"))
+    ours = re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert [char for char in ours if not char.isprintable() and char != "\n"] == []
+    for escaped in (r"\x1b[31mred\x1b]0;title\x07", r"\u202eback", r"\r<script>"):
+        assert ours.count(escaped) == 2
+    assert not re.search(r"^row 7", ours, re.MULTILINE)
+    if not is_terminal:
+        assert out.count("⟦") == 2  # the legend's and one run of labels: none out of the row
+        assert r"\u27e6mark\u27e7" in out
+
+
+def test_visible() -> None:
+    every = "".join(chr(code) for code in range(0x110000))
+    shown = terminal.visible(every, keep="\n")
+    assert {char for char in shown if not char.isprintable()} == {"\n"}
+    assert terminal.visible("plain ä 漢 🙂") == "plain ä 漢 🙂"
+
+
+def test_messages_hold_no_escape_sequences(kdtune: Run, shipped: Path) -> None:
+    (shipped / "distil.py").write_text("raise ValueError('\\x1b[2Jgone\\nline')")
+    assert kdtune("run", "distil")[2] == "kdtune: error: \\x1b[2Jgone\nline\n"
+
+
+# Without Unicode.
+
+
+def test_a_stream_without_unicode(tiny: Path, kdtune: Run) -> None:
+    token = view.Token
+    document = view.Document([token("é\n", (1,), False, False), token("</s>", (2,), True, True)], 1, 1, "")
+    looked = command.View("t", [view.Row(1, 1, 1, [document])], [], [view.Bin(1, 10, 3)], "", "")
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, "ascii", newline="\n")
+    data_text.write(looked, stream)
+    stream.flush()
+    assert b"  \\xe9\\n\n  [[{{</s>}}]]\n" in raw.getvalue()
+
+
+# Lengths.
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_histogram_fits(columns: str, tiny: Path, kdtune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = kdtune(*argv(tiny, "--rows", "0"))
+    lines = out[out.index("length of 10 examples") :].splitlines()
+    assert max(map(len, lines)) <= min(80, int(columns))
+    bars = [re.fullmatch(r" *([\d,]+) - ([\d,]+) +(\d+)(?:  (#+))?", line) for line in lines[1:-1]]
+    assert all(bars)
+    assert sum(int(bar[3]) for bar in bars if bar) == 10
+    assert lines[-1].startswith("-- max_seq_len 64: no row is cut --")
+
+
+def test_rows_that_were_cut_are_counted_at_the_limit(tiny: Path, kdtune: Run) -> None:
+    _, out, _ = kdtune(*argv(tiny, "tokenizer.max_seq_len=30", "--rows", "0"))
+    num_cut = int(re.findall(r"(\d+) truncated", out)[0])
+    assert num_cut > 0
+    assert f"-- max_seq_len 30: {num_cut} rows cut here --" in out
+    assert re.search(r"^ *\d+ - 30 ", out, re.MULTILINE)
+
+
+def test_bins_hold_every_length_once() -> None:
+    generator = np.random.default_rng(0)
+    for longest in (1, 2, 15, 16, 99, 384, 2048, 100_000):
+        lengths = generator.integers(1, longest + 1, 200)
+        bins = view.histogram(lengths, longest)
+        assert len(bins) <= 15
+        for one in bins:
+            assert one.count == ((lengths >= one.first) & (lengths <= one.last)).sum()
+        assert sum(one.count for one in bins) == 200
+        assert [two.first - one.last for one, two in itertools.pairwise(bins)] == [1] * (len(bins) - 1)
+
+
+# Spelling.
+
+
+def test_a_character_of_several_tokens_is_shown_whole(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    tokenizer = tokenizers.load(tiny / "student")
+    ids = tokenizer.encode("🦜", continues=True)
+    assert len(ids) > 1, "the vocabulary is without it"
+    source = rows_file(tmp_path / "bird.jsonl", ("a 🦜\n", "漢字 🦜"))
+    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
+    assert "a 🦜↵\n  ⟦漢字 🦜⟪<|end_of_text|>⟫⟧" in out
+
+
+def test_half_a_character_shows_as_bytes(tiny: Path) -> None:
+    tokenizer = tokenizers.load(tiny / "student")
+    bird, a = tokenizer.encode("🦜", continues=True), tokenizer.encode("a", continues=True)
+    half = bird[:-1]
+
+    def spelled(ids: list[int], is_label: list[bool] | None = None) -> list[str]:
+        found = list(view.spell(ids, is_label or [True] * len(ids), tokenizer, frozenset(tokenizer.ids())))
+        assert [id for token in found for id in token.ids] == ids
+        return [token.text for token in found]
+
+    shown = spelled(half)
+    assert shown[0].startswith("\\x") or shown[0].startswith(" \\x")
+    assert spelled([*half, *a]) == [*shown, "a"]
+    assert spelled([*half, *bird]) == [*shown, "🦜"]
+    assert spelled([*bird, *half]) == ["🦜", *shown]
+    assert spelled([*half, tokenizer.eos_id, 10**6]) == [*shown, "<|end_of_text|>", "<id 1000000>"]
+    # A label on a part of a character is shown where it is.
+    assert "🦜" not in spelled(bird, [False] * len(half) + [True])
+
+
+# The page.
+
+
+class Page(HTMLParser):
+    """Elements that are open and closed in order, and the tokens among them."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.tokens: list[tuple[str, str, str]] = []  # class, title, text
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes.update(name for name, _ in attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        given = dict(attrs)
+        if "title" in given:
+            self.tokens.append((given["class"] or "", given["title"] or "", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "span" and self.tokens:
+            kind, title, text = self.tokens[-1]
+            self.tokens[-1] = (kind, title, text + data)
+
+
+def test_the_page(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    source = rows_file(tmp_path / "rows.jsonl", ("Say 🦜:\n", HOSTILE))
+    path = tmp_path / "look.html"
+    arguments = argv(tiny, f"dataset.source={source}", "tokenizer.max_seq_len=4096", "--html", str(path))
+    assert kdtune(*arguments) == (0, f"The page is in {path}.\n", "")
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.tags & {"script", "img", "link", "iframe", "a", "object", "base", "form"}
+    assert not page.attributes & {"src", "href", "onload", "onclick", "onerror"}
+    assert "url(" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "default-src 'none'" in text
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert [char for char in text if not char.isprintable() and char != "\n"] == []
+
+    tokenizer = tokenizers.load(tiny / "student")
+    prompt, answer = tokenizer.encode("Say 🦜:\n"), tokenizer.encode(HOSTILE, continues=True)
+    ids = [int(id) for _, title, _ in page.tokens for id in re.findall(r"\d+", title)]
+    assert ids == [*prompt, *answer, tokenizer.eos_id]
+    shown = "".join(text for kind, _, text in page.tokens if "label" not in kind)
+    assert shown == "<|begin_of_text|>Say 🦜:↵\n"
+    labelled = "".join(text for kind, _, text in page.tokens if "label" in kind)
+    assert labelled == terminal.visible(HOSTILE) + "<|end_of_text|>"
+    assert all(("label" in kind) == title.endswith("label") for kind, title, _ in page.tokens)
+    for name in ("rows", "tokens", "batches", "labels per step", "steps"):
+        assert f"<dt>{name}</dt>" in text
+
+
+def test_a_page_shows_packed_documents(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    path = tmp_path / "look.html"
+    kdtune(*argv(tiny, "dataset.packed=true", "--html", str(path)))
+    assert path.read_text(encoding="utf-8").count("<pre>") == 10
+    assert "document 2: " in path.read_text(encoding="utf-8")
+
+
+def test_titles_and_places_are_escaped() -> None:
+    document = view.Document([view.Token("a", (1,), False, False)], 1, 0, "<b>")
+    looked = command.View("<i>", [view.Row(1, 1, 1, [document])], [("<u>", "<s>")], [view.Bin(1, 2, 1)], "<p>", "<q>")
+    text = data_page.render(looked)
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<q>"):
+        assert tag not in text
+
+
+def test_padding_of_a_rectangle_is_not_shown() -> None:
+    labels = torch.tensor([[view.IGNORE, 5, view.IGNORE], [6, view.IGNORE, 7]])
+    batch = view.Batch(torch.zeros_like(labels), labels, labels)
+    assert view._documents(batch).tolist() == [[0, 0, -1], [0, 0, 0]]
