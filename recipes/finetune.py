@@ -209,7 +209,8 @@ def check(cfg: Config) -> Inputs:
     model = models.from_hf_config(model_config)
 
     tokenizer = load_tokenizer(cfg)
-    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
+    template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path, template)
     preflight.check_vocabulary(tokenizer, model, "model")
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]

@@ -240,7 +240,8 @@ def check(cfg: Config) -> Inputs:
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
 
     tokenizer = load_tokenizer(cfg)
-    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path)
+    template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path, template)
     preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, model in (("student", student), ("teacher", teacher)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
 from kdtune.models import Decoder, ModelConfig, from_hf_config, parameter_shapes
+from kdtune.tokenizers import ChatTemplate
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -229,7 +230,9 @@ def save_model(
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def read_companions(folder: str | Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:
+def read_companions(
+    folder: str | Path, tokenizer: str | Path | None = None, template: ChatTemplate | None = None
+) -> dict[str, bytes]:
     """What belongs beside a model's weights: the tokenizer with its settings, and the generation config.
 
     Read at the start of a run, so that a folder which is gone at its end does not leave a model without a tokenizer.
@@ -238,6 +241,8 @@ def read_companions(folder: str | Path, tokenizer: str | Path | None = None) -> 
         folder: checkpoint of the model.
         tokenizer: another folder for the tokenizer; or a tokenizer's file, whose settings lie beside it. That file gets
             the name by which a folder's tokenizer is found.
+        template: replaces the chat template, and the token that it ends an answer with stops a generation; None: as
+            they are.
 
     Returns:
         Contents by the name of the file, as far as the files exist.
@@ -252,7 +257,25 @@ def read_companions(folder: str | Path, tokenizer: str | Path | None = None) -> 
     files |= {f"{path.parent.name}/{path.name}": path for path in beside.glob("additional_chat_templates/*.jinja")}
     if (Path(folder) / GENERATION_CONFIG).is_file():  # of the model, not of the tokenizer
         files[GENERATION_CONFIG] = Path(folder) / GENERATION_CONFIG
-    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    return contents if template is None else _with_template(contents, template, Path(folder))
+
+
+def _with_template(contents: dict[str, bytes], template: ChatTemplate, folder: Path) -> dict[str, bytes]:
+    kept = {name: content for name, content in contents.items() if "chat_template" not in name}  # all of its places
+    kept["chat_template.jinja"] = template.source.encode()
+    if b'"chat_template"' in kept.get("tokenizer_config.json", b""):  # where older programs look
+        settings = json.loads(kept["tokenizer_config.json"]) | {"chat_template": template.source}
+        kept["tokenizer_config.json"] = _json_bytes(settings)
+    model = read_config(folder)
+    # Where there is no generation config, transformers takes these from the model's.
+    defaults = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in model}
+    generation = json.loads(kept[GENERATION_CONFIG]) if GENERATION_CONFIG in kept else defaults
+    stops = generation.get("eos_token_id", defaults.get("eos_token_id"))
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    if template.stop_id is not None and template.stop_id not in stops:
+        kept[GENERATION_CONFIG] = _json_bytes(generation | {"eos_token_id": [*stops, template.stop_id]})
+    return kept
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -316,7 +339,11 @@ def _split(sizes: Mapping[str, int], max_size: int) -> list[list[str]]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_json_bytes(content))
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ the label at position i is the token at i + 1, or IGNORE.
 """
 
 from kdtune.data.batch import IGNORE, Batch, collate, collate_packed, count_labels
+from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
 from kdtune.data.loader import Loader, batches, val_batches
@@ -24,5 +25,6 @@ __all__ = [
     "collate_packed",
     "count_labels",
     "load",
+    "trained_template",
     "val_batches",
 ]

@@ -205,9 +205,10 @@ def trained_template(tokenizer: Tokenizer, *sections: DatasetConfig | None) -> C
     """
     named = {section.chat_template or "" for section in sections if section is not None and section.format == "chat"}
     if len(named) > 1:
+        found = " and ".join(sorted(name or "null" for name in named))
         raise ValueError(
-            f"chat_template is {' and '.join(sorted(name or 'null' for name in named))} in different data sets, but a model "
-            "has one. Name the same in each: dataset_val.chat_template='${dataset.chat_template}'."
+            f"chat_template is {found} in different data sets, but a model has one. Name the same in each: "
+            "dataset_val.chat_template='${dataset.chat_template}'."
         )
     if not named - {""}:
         return None

@@ -18,7 +18,8 @@ import base64
 import binascii
 import json
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -295,17 +296,22 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _group(ids: list[int], spans: list[tuple[int, int]], lengths: list[int], is_answer: list[bool]) -> list[list[int]]:
+def _group(
+    ids: list[int], spans: Sequence[tuple[int, int]], lengths: list[int], is_answer: list[bool]
+) -> list[list[int]]:
     """The ids by part, from where each begins and ends in the joined text."""
-    borders = list(accumulate(lengths))
-    groups: list[list[int]] = [[] for _ in lengths]
-    for id, (start, end) in zip(ids, spans, strict=True):
-        # A token over a border goes to the later part, which it has text of, unless the model says it in an earlier
+    ends = [end for _, end in spans]
+    groups: list[list[int]] = []
+    first = 0
+    for border, is_said in zip(accumulate(lengths[:-1]), is_answer, strict=False):
+        # A token over a border goes to the later part, which it has text of, unless the model says it in the earlier
         # one: some end-of-turn tokens take the line break behind them along.
-        last = min(bisect_left(borders, end), len(groups) - 1)
-        first = min(bisect_right(borders, start), last)
-        groups[next((part for part in range(last, first - 1, -1) if is_answer[part]), last)].append(id)
-    return groups
+        last = bisect_right(ends, border, first)
+        while is_said and last < len(ids) and spans[last][0] < border:
+            last += 1
+        groups.append(ids[first:last])
+        first = last
+    return [*groups, ids[first:]]
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:

@@ -60,13 +60,13 @@ def render(
     Raises:
         ValueError: the template is broken, or refuses these messages (in its own words).
     """
-    strftime_now = (date or datetime.now()).strftime
-    tracker = _Tracker()
+    variables |= {"messages": messages, "strftime_now": (date or datetime.now()).strftime}
     try:
         compiled, has_markers = _compile(template)
-        for piece in compiled.generate(
-            messages=messages, strftime_now=strftime_now, **variables, **{_TRACKER: tracker}
-        ):
+        if not has_markers:
+            return Rendered(compiled.render(variables), None)
+        tracker = _Tracker()
+        for piece in compiled.generate(variables, **{_TRACKER: tracker}):
             tracker.add(piece)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from None
@@ -77,8 +77,7 @@ def render(
     text = "".join(tracker.pieces)
     # What a macro or a set block holds back is written later than its markers were met: then their place is unknown.
     is_placed = all(text.startswith(body, start) for start, body in tracker.marked)
-    answers = [(start, start + len(body)) for start, body in tracker.marked]
-    return Rendered(text, answers if has_markers and is_placed else None)
+    return Rendered(text, [(start, start + len(body)) for start, body in tracker.marked] if is_placed else None)
 
 
 def read(name: str) -> str:
