@@ -128,9 +128,8 @@ class Loader:
 
     def _micro_batches(self, num_rows: int) -> Iterator[tuple[int, int]]:
         """Bounds of the micro-batches of all ranks: as many for each, of even sizes, batch_size or less."""
-        rounds = -(-num_rows // (self._batch_size * self._num_ranks))
-        bounds = [num_rows * i // (rounds * self._num_ranks) for i in range(rounds * self._num_ranks + 1)]
-        return pairwise(bounds)
+        count = -(-num_rows // (self._batch_size * self._num_ranks)) * self._num_ranks
+        return pairwise(num_rows * i // max(count, 1) for i in range(count + 1))
 
     def summary(self) -> str:
         """How much of what the model computes is padding, in the present epoch."""

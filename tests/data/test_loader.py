@@ -204,3 +204,205 @@ def test_ids_name_examples_wherever_they_stand() -> None:
     assert backwards.fingerprint != examples.fingerprint
     variants = [([1, 2, 3], [0, 1, 1]), ([1, 2, 3], [0, 0, 1]), ([2, 1, 3], [0, 1, 1]), ([1, 2, 3, 3], [0, 1, 1, 1])]
     assert len({int(Examples.of("", 8, [[variant]]).ids[0]) for variant in variants}) == 4
+
+
+# Ranks, packing, grouping: who sees what, and how much of it is padding.
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"packed": True},
+    {"shuffle": False},
+    {"shuffle": False, "packed": True},
+    {"group_by_length": False},
+]
+
+
+def labelled(step: list[Batch]) -> list[int]:
+    """The examples of a step, packed or not, by their only labels; a batch that fills an uneven end has none."""
+    return [int(label) for batch in step for label in batch.labels[batch.labels != IGNORE]]
+
+
+def many_examples(count: int = 101, max_seq_len: int = 40) -> Examples:
+    """Of 2 to 33 positions; example i is labelled i, once."""
+    lengths = [3 + (i * i) % 32 for i in range(count)]
+    rows = [[([i] * length, [False] * (length - 1) + [True])] for i, length in enumerate(lengths)]
+    return Examples.of("dataset", max_seq_len, rows)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize(("num_ranks", "batch_size", "accumulation"), [(2, 3, 2), (3, 4, 1), (5, 2, 3)])
+def test_ranks_share_a_step(how: dict[str, Any], num_ranks: int, batch_size: int, accumulation: int) -> None:
+    examples = many_examples()
+    alone = Loader(examples, batch_size=num_ranks * batch_size * accumulation, **how)
+    ranks = [
+        Loader(
+            examples,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            rank=rank,
+            num_ranks=num_ranks,
+            **how,
+        )
+        for rank in range(num_ranks)
+    ]
+    assert alone.num_steps(2) == ranks[0].num_steps(2)
+    for _ in range(alone.num_steps(2)):
+        whole = labelled(alone.next_step())
+        steps = [rank.next_step() for rank in ranks]
+        assert len({len(step) for step in steps}) == 1, "all take part in the same collective operations"
+        assert all(len(batch.tokens) <= batch_size for step in steps for batch in step)
+        assert sorted(i for step in steps for i in labelled(step)) == sorted(whole)
+        assert len({str(loader.state_dict()) for loader in ranks}) == 1
+        assert {loader.epoch for loader in ranks} == {alone.epoch}
+
+
+def test_an_uneven_end_is_filled_with_batches_that_teach_nothing() -> None:
+    for packed in (False, True):
+        examples = Examples.of("dataset", 8, [[([5, 6, 7, 8, 9, 1], [False, *[True] * 5])]])
+        steps = [Loader(examples, batch_size=2, rank=rank, num_ranks=3, packed=packed).next_step() for rank in range(3)]
+        assert sorted(data.count_labels(step) for step in steps) == [0, 0, 5]
+        assert all((batch.documents is not None) == packed for step in steps for batch in step)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_every_example_is_seen_once_whatever_the_ranks_after_a_stop(how: dict[str, Any]) -> None:
+    """24 rows a step, split otherwise on each resume; two epochs."""
+    splits = [(1, 24, 1), (2, 3, 4), (4, 6, 1), (3, 1, 8), (24, 1, 1)]
+    examples = many_examples()
+
+    def loaders(split: tuple[int, int, int], state: dict[str, Any] | None) -> list[Loader]:
+        num_ranks, batch_size, accumulation = split
+        made = [
+            Loader(
+                examples,
+                batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                rank=rank,
+                num_ranks=num_ranks,
+                seed=2,
+                **how,
+            )
+            for rank in range(num_ranks)
+        ]
+        for loader in made:
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+        return made
+
+    uninterrupted = loaders(splits[0], None)[0]
+    expected = [sorted(labelled(uninterrupted.next_step())) for _ in range(uninterrupted.num_steps(2))]
+    assert sorted(i for step in expected for i in step) == sorted([*range(101)] * 2)
+    found: list[list[int]] = []
+    state = None
+    for number in range(len(expected)):
+        ranks = loaders(splits[number % len(splits)], state)
+        found.append(sorted(i for loader in ranks for i in labelled(loader.next_step())))
+        state = ranks[-1].state_dict()
+    assert found == expected
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_the_split_of_a_step_does_not_change_its_rows(how: dict[str, Any]) -> None:
+    found = []
+    for batch_size, accumulation in [(12, 1), (4, 3), (1, 12)]:
+        loader = Loader(many_examples(), batch_size=batch_size, gradient_accumulation_steps=accumulation, **how)
+        found.append([sorted(labelled(loader.next_step())) for _ in range(2 * loader.steps_per_epoch)])
+    assert found[0] == found[1] == found[2]
+
+
+def test_packed_rows_are_new_in_each_epoch_and_their_steps_are_counted() -> None:
+    loader = Loader(many_examples(), batch_size=2, packed=True)
+    rows: list[list[list[int]]] = []
+    for epoch in range(4):
+        rows.append([])
+        count = loader.steps_per_epoch
+        while loader.epoch == epoch:
+            for batch in loader.next_step():
+                rows[-1] += [
+                    labelled([Batch(*(t[i : i + 1] for t in vars(batch).values()))]) for i in range(len(batch.tokens))
+                ]
+            count -= 1
+        assert count == 0
+        assert sorted(i for row in rows[-1] for i in row) == list(range(101))
+    assert len({str(sorted(map(sorted, epoch))) for epoch in rows}) == 4
+    assert loader.num_steps(4) == sum(-(-len(epoch) // 2) for epoch in rows)
+    assert loader.num_steps(4, max_steps=5) == 5
+    assert Loader(many_examples(), batch_size=2, packed=True, max_steps_per_epoch=3).num_steps(4) == 12
+
+
+def test_reading_order_is_kept() -> None:
+    loader = Loader(many_examples(), batch_size=5, shuffle=False)
+    assert [sorted(labelled(loader.next_step())) for _ in range(3)] == [[*range(i, i + 5)] for i in (0, 5, 10)]
+    packed = Loader(many_examples(), batch_size=1, shuffle=False, packed=True)
+    rows = [labelled(packed.next_step()) for _ in range(packed.steps_per_epoch)]
+    assert all(row == sorted(row) for row in rows)
+
+
+def padding(loader: Loader) -> float:
+    """Share of an epoch's positions that hold no token, from the batches themselves."""
+    computed, epoch = 0, loader.epoch
+    while loader.epoch == epoch:
+        computed += sum(batch.tokens.numel() for batch in loader.next_step())
+    return 1 - loader.examples.num_tokens / computed
+
+
+def gsm8k_like(count: int = 2000) -> Examples:
+    """Lengths of the mean (217) and deviation (73) that GSM8K has with the quickstart's tokenizer, cut at 384."""
+    lengths = np.random.default_rng(0).lognormal(5.33, 0.33, count).clip(60, 384).astype(int)
+    rows = [[([1] * (length + 1), [False] * length + [True])] for length in lengths.tolist()]
+    return Examples.of("dataset", 384, rows)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "bound"), [(4, 1, 0.05), (8, 1, 0.06), (4, 4, 0.02)])
+def test_grouping_leaves_little_padding(batch_size: int, accumulation: int, bound: float) -> None:
+    examples, sizes = gsm8k_like(), {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    loader = Loader(examples, **sizes)
+    said = loader.summary()
+    found = padding(loader)
+    assert said == f"{found:.1%} padding"
+    assert found < bound
+    random_loader = Loader(examples, group_by_length=False, **sizes)
+    said = random_loader.summary()
+    found = padding(random_loader)
+    assert said == f"{found:.1%} padding"
+    assert found > 2 * bound
+
+
+def test_grouped_steps_are_in_random_order_and_hold_all_lengths() -> None:
+    examples = gsm8k_like()
+    loader = Loader(examples, batch_size=4)
+    means = [np.mean([batch.tokens.shape[1] for batch in loader.next_step()]) for _ in range(500)]
+    assert abs(np.corrcoef(np.arange(500), means)[0, 1]) < 0.1
+    first, second = np.array(means[:250]), np.array(means[250:])
+    assert abs(first.mean() / second.mean() - 1) < 0.05
+
+
+def test_a_packed_summary_says_the_fill() -> None:
+    examples = gsm8k_like()
+    loader = Loader(examples, batch_size=4, packed=True)
+    rows = sum(len(loader.next_step()[0].tokens) for _ in range(loader.steps_per_epoch))
+    assert loader.summary().startswith("packed into 384 x ")
+    loader = Loader(examples, batch_size=4, packed=True)
+    assert loader.summary() == f"packed into 384 x {rows:,} rows, {examples.num_tokens / rows / 384:.1%} filled"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"packed": True, "group_by_length": True}, r"dataset.group_by_length=true is for rows of one document each"),
+        ({"shuffle": False, "group_by_length": True}, r"dataset.group_by_length=true .* shuffle=false .* Leave one"),
+    ],
+)
+def test_grouping_that_says_nothing_is_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(make_examples(), batch_size=2, **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [({"packed": True}, "dataset.packed .* changed"), ({"group_by_length": False}, "dataset.group_by_length changed")],
+)
+def test_resuming_with_other_rows_is_refused(how: dict[str, Any], message: str) -> None:
+    state = Loader(make_examples(), batch_size=2).state_dict()
+    with pytest.raises(ValueError, match=f"cannot continue in dataset: {message}"):
+        Loader(make_examples(), batch_size=2, **how).load_state_dict(state)
