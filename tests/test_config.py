@@ -319,7 +319,7 @@ def test_not_text(tmp_path: Path) -> None:
 def test_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "rows.jsonl").touch()
-    monkeypatch.setattr(config, "ASSETS", tmp_path)
+    monkeypatch.setattr(config.loading, "ASSETS", tmp_path)
     assert load("name=${asset:quickstart}").name == str(tmp_path / "quickstart")
     assert load("name=${asset:quickstart/rows.jsonl}").name == str(tmp_path / "quickstart" / "rows.jsonl")
     assert "did you mean quickstart/rows.jsonl?" in refusal("name=${asset:quickstart/row.jsonl}")
@@ -366,3 +366,46 @@ def test_describe() -> None:
 def test_no_torch() -> None:
     code = "import sys, kdtune.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@dataclass
+class Source:
+    path: str = setting(MISSING, path=True)  # where it is
+    weight: float | None = setting(None, gt=0)  # how much of it
+
+
+@dataclass
+class Blend:
+    sources: dict[str, Source] = setting({})  # several, by names of one's own
+
+
+def test_sections_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "blend.yaml"
+    file.write_text("sources:\n  math: {path: a.jsonl, weight: 0.5}\n  code:\n    path: b.jsonl\n")
+    overrides = ["sources.code.weight=2", "sources.more.path=c.jsonl", "sources={math: {weight: 3}}"]
+    cfg = config.load(Blend, file, overrides)
+    assert cfg.sources == {
+        "math": Source("a.jsonl", 3.0),
+        "code": Source("b.jsonl", 2.0),
+        "more": Source("c.jsonl", None),
+    }
+    file.write_text(config.to_yaml(cfg))
+    assert config.load(Blend, file, []) == cfg
+    keys = [setting.key for setting in config.describe(Blend)]
+    assert keys == ["sources", "sources.<name>.path", "sources.<name>.weight"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sources.math.wieght=2", "unknown setting sources.math.wieght. Did you mean sources.<name>.weight?"),
+        ("sources.math.weight=-1", "sources.math.weight must be > 0, got -1.0"),
+        ("sources.math.weight=2", "no value for sources.math.path"),
+        ("sources.math=3", 'sources wants sections by name, got {"math": "3"}. Write sources.<name>.path=...'),
+        ("sources=[math]", 'sources wants sections by name, got ["math"]'),
+        ("sources=math", 'sources wants sections by name, got "math"'),
+    ],
+)
+def test_wrong_sections_by_name(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.load(Blend, None, [override])

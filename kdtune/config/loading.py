@@ -1,91 +1,29 @@
-"""A recipe's settings: a dataclass <- a YAML file <- key=value, strict.
+"""A YAML file and `key=value` read into the dataclass of a recipe."""
 
-The dataclass is the documentation: the type, the default and the comment behind each field are what
-`kdtune run <recipe> --help` prints, and nothing that the dataclass does not name is accepted.
-A YAML file cannot import or execute anything, nor read the environment: beside `${other.setting}` it knows
-`${asset:<path>}`, the absolute path of a file that ships with kdtune.
-"""
-
-import ast
-import copy
 import dataclasses
 import difflib
-import inspect
-import io
 import json
 import math
 import os
 import re
-import textwrap
-import tokenize
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-__all__ = ["MISSING", "Setting", "describe", "load", "setting", "split_overrides", "to_yaml"]
+from kdtune.config.schema import BOUNDS, Field, fields_of, keys_of
 
 T = TypeVar("T")
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _NULLS = ("null", "None", "~")
 # What follows an interpolation's `${`: another setting, or a shipped file. OmegaConf itself would take any resolver,
 # also under a name that is put together inside (`${${name}:HOME}`).
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*(\$\{(?!\s*(?:[\w.]+|asset:[\w./-]+)\s*\})[^}]*\}?)")
-
-
-def setting(
-    default: Any = MISSING,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-    path: bool = False,
-) -> Any:
-    """A field of a config dataclass, with the range of values that it takes.
-
-    Args:
-        default: MISSING (the user must give it) unless said otherwise. Lists and dicts are copied for each instance;
-            for a section it is its dataclass.
-        gt: the value must be greater than this; `ge`, `lt` and `le` likewise. Elements of a list are held to it
-            one by one; null is always in range.
-        path: the value is a place on the disk: a `~` at its start becomes the home folder. The shell leaves it alone
-            behind `key=`.
-    """
-    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    metadata = {"bounds": {name: bound for name, bound in bounds.items() if bound is not None}, "path": path}
-    if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One line of a recipe's help: a setting, or the section that the settings after it belong to."""
-
-    key: str  # full key: optimizer.lr
-    type: str  # as a person writes it: "int", "str or null", "section"
-    default: Any  # MISSING if the user must give it
-    comment: str  # the comment beside the field, or above it
-    range: str  # "> 0, <= 1", or ""
-    choices: tuple[Any, ...]  # the closed list of values, or ()
-
-    @property
-    def is_section(self) -> bool:
-        return self.type.startswith("section")
-
-    @property
-    def required(self) -> bool:
-        return bool(self.default == MISSING)
 
 
 def load(schema: type[T], config: Path | None, overrides: Sequence[str]) -> T:
@@ -153,122 +91,6 @@ def to_yaml(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_escape(dataclasses.asdict(cfg))))
 
 
-def describe(schema: type) -> list[Setting]:
-    """Every setting of a config dataclass in the source's order; a section comes before the settings inside it."""
-    return list(_describe(schema, _instance(schema), ""))
-
-
-# What a schema says.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """A field's annotation, taken apart."""
-
-    name: str
-    type: Any  # without the `| None`
-    optional: bool
-    bounds: Mapping[str, float]
-    is_path: bool
-
-    @property
-    def section(self) -> Any:
-        return self.type if dataclasses.is_dataclass(self.type) else None
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
-
-    @property
-    def is_text(self) -> bool:
-        return self.type is str or (bool(self.choices) and all(isinstance(choice, str) for choice in self.choices))
-
-    @property
-    def is_map(self) -> bool:
-        return typing.get_origin(self.type) is dict or self.type is dict
-
-    def wanted(self) -> str:
-        if self.section:
-            name = "section"
-        elif self.choices:
-            name = "one of " + ", ".join(map(str, self.choices))
-        else:
-            name = (
-                self.type.__name__ if isinstance(self.type, type) and not typing.get_args(self.type) else str(self.type)
-            )
-        return f"{name} or null" if self.optional else name
-
-
-def _fields(schema: Any) -> dict[str, _Field]:
-    hints = typing.get_type_hints(schema)
-    fields = {}
-    for field in dataclasses.fields(schema):
-        hint = hints[field.name]
-        inner = hint
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            rest = tuple(arg for arg in typing.get_args(hint) if arg is not type(None))
-            inner = rest[0] if len(rest) == 1 else typing.Union[rest]  # noqa: UP007 (built from a tuple)
-        optional = inner is not hint and type(None) in typing.get_args(hint)
-        bounds, is_path = field.metadata.get("bounds", {}), field.metadata.get("path", False)
-        fields[field.name] = _Field(field.name, inner, optional, bounds, is_path)
-    return fields
-
-
-def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    for name, field in _fields(schema).items():
-        yield prefix + name
-        if field.section:
-            yield from _keys(field.section, f"{prefix}{name}.")
-
-
-def _instance(schema: Any) -> Any:
-    """The dataclass with its defaults, MISSING for fields that have none."""
-    bare = [
-        field.name
-        for field in dataclasses.fields(schema)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    return schema(**dict.fromkeys(bare, MISSING))
-
-
-def _describe(schema: Any, defaults: Any, prefix: str) -> Iterator[Setting]:
-    comments = _comments(schema)
-    for name, field in _fields(schema).items():
-        limits = ", ".join(f"{_BOUNDS[bound]} {limit}" for bound, limit in field.bounds.items())
-        default = getattr(defaults, name)
-        key = prefix + name
-        yield Setting(
-            key, field.wanted(), None if field.section else default, comments.get(name, ""), limits, field.choices
-        )
-        if field.section:
-            inner = default if dataclasses.is_dataclass(default) else _instance(field.section)
-            yield from _describe(field.section, inner, f"{key}.")
-
-
-def _comments(schema: Any) -> dict[str, str]:
-    """Comment of each field: behind it, else on the lines right above it."""
-    comments: dict[str, str] = {}
-    for base in reversed(schema.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(typing.cast(type, base)))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        at_line = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-        alone = {line for line, token in at_line.items() if not token.line[: token.start[1]].strip()}
-        definition = typing.cast(ast.ClassDef, ast.parse(source).body[0])
-        for statement in definition.body:
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            first, last = statement.lineno, statement.end_lineno or statement.lineno
-            lines = [line for line in range(first, last + 1) if line in at_line]
-            above = first - 1
-            while above in alone and (not lines or lines[0] < first):
-                lines.insert(0, above)
-                above -= 1
-            comments[statement.target.id] = " ".join(at_line[line].string.lstrip("# ").rstrip() for line in lines)
-    return comments
-
-
 # Giving values.
 
 
@@ -306,7 +128,7 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
 
 def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: str, reading: _Reading) -> None:
     """Put values into `node`, which is a `section`; what does not fit becomes a line of the reading's problems."""
-    fields = _fields(section)
+    fields = fields_of(section)
     for name, given in values.items():
         key = f"{prefix}{name}"
         field = fields.get(name)
@@ -327,6 +149,18 @@ def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: st
                 _merge(node[name], field.section, value, f"{key}.", reading)
                 continue
             refusal = "is a copy of another section, which is where its values are set"
+        if refusal is None and field.named_section and isinstance(value, Mapping):
+            for entry, inner in value.items():
+                if not isinstance(entry, str) or not re.fullmatch(r"[\w-]+", entry) or not isinstance(inner, Mapping):
+                    reading.problems.append(
+                        f"{key} wants sections by name, got {_show({entry: inner})}{reading.origin}. Write "
+                        f"{key}.<name>.{next(iter(fields_of(field.named_section)))}=... with a name of letters."
+                    )
+                    continue
+                if entry not in node[name]:
+                    node[name][entry] = field.named_section
+                _merge(node[name][entry], field.named_section, inner, f"{key}.{entry}.", reading)
+            continue
         if refusal is None:
             try:
                 OmegaConf.update(node, name, value, merge=True)
@@ -336,7 +170,7 @@ def _merge(node: DictConfig, section: Any, values: Mapping[Any, Any], prefix: st
             reading.problems.append(f"{key} {refusal}{reading.origin}. {_advice(key, value, field)}".rstrip())
 
 
-def _parse(value: Any, field: _Field) -> Any:
+def _parse(value: Any, field: Field) -> Any:
     if field.is_map and isinstance(value, Mapping):
         return {name: str(item) if isinstance(item, _Text) else item for name, item in value.items()}
     if not isinstance(value, _Text):
@@ -354,14 +188,14 @@ def _parse(value: Any, field: _Field) -> Any:
     return typing.cast(dict[str, Any], parsed)["value"]
 
 
-def _refusal(value: Any, field: _Field) -> str | None:
+def _refusal(value: Any, field: Field) -> str | None:
     """What OmegaConf would let through, or would refuse in words about itself."""
     for text in _strings(value):
         if unknown := _INTERPOLATION.search(text):
             known = "a config knows ${other.setting} and ${asset:<path>} only"
             return f"uses {unknown[1]}; {known}, and \\${{ for a text that has these two signs"
     wanted = f"wants {field.wanted()}, got {_show(value)}"
-    if isinstance(value, Mapping) and not field.section:
+    if isinstance(value, Mapping) and not field.section and not field.named_section:
         if not field.is_map:
             return f"is {field.wanted()} and has no setting {next(iter(value), '{}')} inside"
         if any(isinstance(item, (Mapping, list)) for item in value.values()):
@@ -375,12 +209,12 @@ def _refusal(value: Any, field: _Field) -> str | None:
     return None
 
 
-def _advice(key: str, value: Any, field: _Field) -> str:
+def _advice(key: str, value: Any, field: Field) -> str:
     if field.choices:
         near = difflib.get_close_matches(str(value), map(str, field.choices), 1, cutoff=0.5)  # float32: fp32
         return f"Did you mean {near[0]}?" if near else ""
     if field.section:
-        names = list(_fields(field.section))
+        names = list(fields_of(field.section))
         return f"Set the values inside: {', '.join(f'{key}.{name}' for name in names[:3])} ..."
     if value == "":
         return "Write null for no value." if field.optional else ""
@@ -394,7 +228,7 @@ def _advice(key: str, value: Any, field: _Field) -> str:
 
 
 def _nearest(key: str, schema: Any) -> str:
-    keys = list(_keys(schema))
+    keys = list(keys_of(schema))
     if key in keys:
         section, _, last = key.rpartition(".")
         return f"Write {last} under {section}, indented."
@@ -411,17 +245,20 @@ def _nearest(key: str, schema: Any) -> str:
 # Looking at the result.
 
 
-def _walk(node: DictConfig, schema: Any, prefix: str = "") -> Iterator[tuple[str, DictConfig, _Field]]:
-    for name, field in _fields(schema).items():
+def _walk(node: DictConfig, schema: Any, prefix: str = "") -> Iterator[tuple[str, DictConfig, Field]]:
+    for name, field in fields_of(schema).items():
         key = prefix + name
         if field.section and not OmegaConf.is_interpolation(node, name):
             if node[name] is not None:
                 yield from _walk(node[name], field.section, f"{key}.")
+        elif field.named_section:
+            for entry in node[name]:
+                yield from _walk(node[name][entry], field.named_section, f"{key}.{entry}.")
         else:
             yield key, node, field
 
 
-def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: list[str], missing: list[str]) -> None:
+def _check(key: str, node: DictConfig, field: Field, schema: Any, problems: list[str], missing: list[str]) -> None:
     if OmegaConf.is_missing(node, field.name):
         missing.append(key)
         return
@@ -434,7 +271,7 @@ def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: lis
         return  # reported as the missing setting that it is
     except InterpolationKeyError:
         names = [name for text in _strings(written) for name in re.findall(r"\$\{([\w.]+)\}", text)]
-        unknown = [name for name in names if name not in _keys(schema)]
+        unknown = [name for name in names if name not in keys_of(schema)]
         advice = _nearest(unknown[0], schema) if unknown else "It lies in a section that is null."
         problems.append(f"{key}={_show(written)} leads nowhere. {advice}")
         return
@@ -446,7 +283,7 @@ def _check(key: str, node: DictConfig, field: _Field, schema: Any, problems: lis
         if isinstance(item, float) and not math.isfinite(item):
             problems.append(f"{key} must be a finite number, got {_show(item)}.")
         elif isinstance(item, (int, float)) and not all(_holds(item, *bound) for bound in field.bounds.items()):
-            limits = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in field.bounds.items())
+            limits = " and ".join(f"{BOUNDS[name]} {limit}" for name, limit in field.bounds.items())
             problems.append(f"{key} must be {limits}, got {_show(item)}.")
 
 
