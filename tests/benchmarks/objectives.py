@@ -137,7 +137,7 @@ def trl_distillation(problem: Problem) -> Tensor:
 
 
 def liger(problem: Problem, chunk_size: int) -> Tensor:
-    """`torch.compile` is left to GPUs: on the CPU it fails or takes longer than the whole table."""
+    """Compiled on GPUs alone."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     objective = LigerFusedLinearJSDLoss(
