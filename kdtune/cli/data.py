@@ -1,6 +1,8 @@
 """`kdtune data`: what a run with these settings would train on."""
 
+import contextlib
 import dataclasses
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdtune.cli import catalog, recipe
 from kdtune.cli.parser import Parser
+from kdtune.cli.terminal import visible
 
 if TYPE_CHECKING:
     from kdtune.data.view import Bin, Row
@@ -52,11 +55,14 @@ def main(argv: Sequence[str]) -> None:
     cfg = recipe.settings(module, call)
     if call.options.val and cfg.dataset_val is None:
         raise ValueError("--val: these settings have no dataset_val, so that a run would not validate.")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {visible(str(message))}\n"
 
     num_rows = call.options.rows if call.options.rows is not None else 20 if page else 3
     tokenizer = module.load_tokenizer(cfg)
-    view = look(module.load_data(cfg, tokenizer), tokenizer, call.options.start, num_rows, is_val=call.options.val)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        loaded = module.load_data(cfg, tokenizer)
+    print(visible(said.getvalue(), keep="\n"), end="")  # it may quote rows
+    view = look(loaded, tokenizer, call.options.start, num_rows, is_val=call.options.val)
     view.title = f"{call.recipe.stem}: {view.title}, {getattr(cfg, view.title).source}"
     if page is not None:
         from kdtune.cli import data_page
@@ -123,54 +129,59 @@ def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool
     if num_rows and start > found.num_rows:
         raise ValueError(f"--start {start}: there are {found.num_rows:,} rows.")
 
-    share = examples.num_labels / examples.num_tokens
-    facts = [
-        ("rows", _rows(examples)),
-        ("tokens", f"{examples.num_tokens:,}; {share:.1%} with a label, {1 - share:.1%} ignored"),
-        ("batches", _batches(found, num_steps, per_epoch, is_val)),
-    ]
-    if not is_val:
-        low, middle, high = _spread(found.labels_per_step)
-        facts += [
-            ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
-            ("steps", _steps(per_epoch, loaded.num_steps)),
-        ]
     shortest, median, longest = _spread(examples.lengths)
-    limit = f"max_seq_len {examples.max_seq_len:,}: " + (
-        f"{_count(examples.num_truncated, 'row')} cut here" if examples.num_truncated else "no row is cut"
+    return View(
+        title=examples.name,
+        rows=found.rows,
+        facts=_facts(examples, found, num_steps, None if is_val else (per_epoch, loaded.num_steps)),
+        bins=view.histogram(examples.lengths, examples.max_seq_len),
+        lengths=f"length of {_count(len(examples), 'example')}: min {shortest:,}, median {median:,}, max {longest:,}",
+        limit=f"max_seq_len {examples.max_seq_len:,}: {_limit(examples.counts)}",
     )
-    lengths = (
-        f"length of {_count(len(examples), 'example')}: min {shortest:,}, median {median:,}, max {longest:,} tokens"
-    )
-    bins = view.histogram(examples.lengths, examples.max_seq_len)
-    return View(examples.name, found.rows, facts, bins, lengths, limit)
 
 
-def _rows(examples: Any) -> str:
-    parts = [
-        f"{examples.num_rows:,} read",
-        f"{examples.num_dropped:,} dropped",
-        f"{examples.num_truncated:,} truncated",
+def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """The numbers. `run`: steps of an epoch and of the run; None for validation."""
+    counts = examples.counts
+    share = examples.num_labels / examples.num_tokens
+    facts = [("rows", _rows(counts, len(examples)))]
+    if counts.skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.skipped.items()))
+        facts.append(("skipped", f"{kinds}; the first: {counts.places[0]}"))
+    facts.append(("tokens", f"{examples.num_tokens:,}; {share:.1%} with a label, {1 - share:.1%} ignored"))
+    if run is None:
+        return [*facts, ("batches", _batches(found, _count(num_steps, "batch", "batches")))]
+    per_epoch, in_run = run
+    low, middle, high = _spread(found.labels_per_step)
+    where = f"{_count(num_steps, 'step')} of {'an epoch' if num_steps == per_epoch else 'the run'}"
+    return [
+        *facts,
+        ("batches", _batches(found, where)),
+        ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
+        ("steps", f"{per_epoch:,} per epoch, {in_run:,} in the run ({in_run / per_epoch:.2g} epochs)"),
     ]
-    if len(examples) != examples.num_rows - examples.num_dropped:
-        parts.append(f"{len(examples):,} examples made of them")
-    return ", ".join(parts)
 
 
-def _batches(found: Any, num_steps: int, steps_per_epoch: int, is_val: bool) -> str:
-    if is_val:
-        where = _count(num_steps, "batch", "batches")
-    else:
-        where = f"{_count(num_steps, 'step')} of {'an epoch' if num_steps == steps_per_epoch else 'the run'}"
+def _rows(counts: Any, num_examples: int) -> str:
+    parts = [f"{counts.num_rows:,} read", f"{counts.num_dropped + counts.num_too_long:,} dropped"]
+    parts.append(f"{counts.num_truncated:,} truncated")
+    parts += [f"{counts.num_split:,} split"] * bool(counts.num_split)
+    parts += [f"{counts.num_skipped:,} skipped"] * bool(counts.num_skipped)
+    return f"{', '.join(parts)}; {_count(num_examples, 'example')}"
+
+
+def _limit(counts: Any) -> str:
+    """What became of rows longer than max_seq_len."""
+    fates = ((counts.num_truncated + counts.num_split, "cut here"), (counts.num_too_long, "longer and dropped"))
+    return ", ".join(f"{_count(number, 'row')} {fate}" for number, fate in fates if number) or "no row is cut"
+
+
+def _batches(found: Any, where: str) -> str:
     rows = _count(found.num_rows, "row")
     if found.num_documents != found.num_rows:
         rows += f" of {_count(found.num_documents, 'document')}"
     fill = found.num_tokens / found.num_positions
     return f"{rows} in {where}; {fill:.1%} filled, {1 - fill:.1%} padding"
-
-
-def _steps(per_epoch: int, num_steps: int) -> str:
-    return f"{per_epoch:,} per epoch, {num_steps:,} in the run ({num_steps / per_epoch:.2g} epochs)"
 
 
 def _spread(values: Any) -> tuple[int, int, int]:

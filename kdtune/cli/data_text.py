@@ -35,7 +35,7 @@ def lines(view: "View", marks: tuple[str, ...], colour: bool) -> Iterator[str]:
         yield from _row(row, marks, colour)
     yield ""
     for name, value in view.facts:
-        yield f"{name:<17}{value}"
+        yield f"{name:<17}{terminal.visible(value)}"
     yield ""
     yield view.lengths
     yield from _histogram(view.bins)

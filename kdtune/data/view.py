@@ -127,7 +127,9 @@ def _document(
 
 def _unit(examples: Examples) -> str:
     """What examples are numbered by: the rows as they were read, if each made one example."""
-    return "row" if len(examples) == examples.num_rows and not examples.num_dropped else "example"
+    counts = examples.counts
+    num_unused = counts.num_dropped + counts.num_too_long + counts.num_skipped
+    return "row" if len(examples) == counts.num_rows and not num_unused else "example"
 
 
 def spell(ids: Sequence[int], is_label: Sequence[bool], tokenizer: Tokenizer, known: frozenset[int]) -> Iterator[Token]:

@@ -87,7 +87,7 @@ def test_numbers_are_those_of_the_run(tiny: Path, kdtune: Run, tmp_path: Path) -
     per_step = [step["num_tokens"] for step in tiny_runs.steps(tmp_path / "run")][:3]
     _, out, _ = kdtune(*argv(tiny))
     assert numbers(fact(out, "labels per step")) == sorted(per_step)
-    assert fact(out, "rows") == "10 read, 0 dropped, 0 truncated"
+    assert fact(out, "rows") == "10 read, 0 dropped, 0 truncated; 10 examples"
     assert fact(out, "steps") == "3 per epoch, 9 in the run (3 epochs)"
     assert fact(out, "batches").startswith("10 rows in 3 steps of an epoch; ")
     num_tokens = int(fact(out, "tokens").partition(";")[0].replace(",", ""))
@@ -128,7 +128,7 @@ def test_validation_rows(tiny: Path, kdtune: Run) -> None:
     status, out, _ = kdtune(*argv(tiny, *tiny_runs.validated_on(tiny), "--val", "--rows", "99"))
     assert status == 0
     assert out.startswith("finetune: dataset_val, ")
-    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated"
+    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated; 3 examples"
     assert fact(out, "batches").startswith("3 rows in 2 batches; ")
     assert len(bodies(out)) == 3
     assert "steps" not in out.replace("(step", "")
@@ -278,6 +278,29 @@ def test_rows_that_were_cut_are_counted_at_the_limit(tiny: Path, kdtune: Run) ->
     assert num_cut > 0
     assert f"-- max_seq_len 30: {num_cut} rows cut here --" in out
     assert re.search(r"^ *\d+ - 30 ", out, re.MULTILINE)
+
+
+def test_rows_that_are_split_or_left_out(tiny: Path, kdtune: Run) -> None:
+    short = argv(tiny, "tokenizer.max_seq_len=30", "--rows", "99")
+    num_long = int(re.findall(r"(\d+) truncated", kdtune(*short)[1])[0])
+    _, out, _ = kdtune(*short, "dataset.too_long=split")
+    assert fact(out, "rows") == f"10 read, 0 dropped, 0 truncated, {num_long} split; {10 + num_long} examples"
+    assert f"-- max_seq_len 30: {num_long} rows cut here --" in out
+    assert "from example " in out
+    assert "from row" not in out
+    _, out, _ = kdtune(*short, "dataset.too_long=drop")
+    assert fact(out, "rows") == f"10 read, {num_long} dropped, 0 truncated; {10 - num_long} example"
+    assert f"-- max_seq_len 30: {num_long} rows longer and dropped --" in out
+
+
+def test_rows_that_are_skipped(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    source = rows_file(tmp_path / "rows.jsonl", ("a", "b"), ("c", "d"))
+    source.write_text(source.read_text() + '{"prompt": "no answer", "\\u001b[2J": 1}\n')
+    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}", "dataset.on_error=skip"))
+    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated, 1 skipped; 2 examples"
+    assert f"line 3 of {source}" in fact(out, "skipped")
+    assert "\\x1b[2J" in fact(out, "skipped")
+    assert "\x1b" not in out
 
 
 def test_bins_hold_every_length_once() -> None:
