@@ -1,6 +1,7 @@
 """What holds for every file of the repository, whichever there are: who imports whom, that no setting is unread, that
 each config loads and each command in the documentation works."""
 
+import argparse
 import ast
 import dataclasses
 import doctest
@@ -244,9 +245,16 @@ def fetch_nothing(repo: str, folder: Path, *_: Any) -> None:
 
 
 def try_command(words: list[str]) -> None:
-    """What the command does, but for a run, which is validated."""
+    """What the command does, but for a run and a look at its data, of which the settings are validated."""
     command, *rest = words
-    main(["validate", *(word for word in rest if word != "--dry-run")] if command == "run" else words)
+    if command in ("run", "data"):
+        options = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+        for option in ("--dry-run",) if command == "run" else ("--val",):
+            options.add_argument(option, action="store_true")
+        for option in () if command == "run" else ("--rows", "--start", "--html"):
+            options.add_argument(option)
+        words = ["validate", *options.parse_known_args(rest)[1]]
+    main(words)
 
 
 def schemas() -> list[Any]:
