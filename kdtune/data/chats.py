@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from kdtune.data.config import DatasetConfig
+from kdtune.data.rows import BadRow
 from kdtune.tokenizers import ChatTemplate, Rendered, Tokenizer
 
 # ShareGPT's names, and the OpenAI ones that they stand for.
@@ -51,34 +52,35 @@ def read_messages(value: Any, column: str) -> list[Message]:
     """OpenAI's (role, content) or ShareGPT's (from, value) messages as the former.
 
     Raises:
-        ValueError: not a list of messages, an unknown role, or a message without content.
+        BadRow: not a list of messages, an unknown role, or a message without content.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"column {column!r} is a {type(value).__name__}, expected a list of messages.")
+        raise BadRow("wrong type", f"column {column!r} is a {type(value).__name__}, expected a list of messages.")
     if not value:
-        raise ValueError(f"column {column!r} is an empty list, expected messages.")
+        raise BadRow("no messages", f"column {column!r} is an empty list, expected messages.")
     return [_read_message(message, f"message {i} in {column!r}") for i, message in enumerate(value, start=1)]
 
 
 def _read_message(message: Any, what: str) -> Message:
     if not isinstance(message, dict):
-        raise ValueError(f"{what} is a {type(message).__name__}, expected an object with role and content.")
+        raise BadRow("wrong type", f"{what} is a {type(message).__name__}, expected an object with role and content.")
     role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
     if role_key not in message:
-        raise ValueError(
+        raise BadRow(
+            "no role",
             f"{what} has the keys {', '.join(message) or '(none)'}, expected role and content (OpenAI) or from and "
-            "value (ShareGPT)."
+            "value (ShareGPT).",
         )
     name = message[role_key]
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise ValueError(f"{what} has the unknown role {name!r}; known are {', '.join(_ROLES)}.")
+        raise BadRow("unknown role", f"{what} has the unknown role {name!r}; known are {', '.join(_ROLES)}.")
     # Columns of parquet files exist in every message, null where a message has none.
     rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     content = message.get(content_key)
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ValueError(f"{what} has content that is not text. Models here read text only.")
+            raise BadRow("content is not text", f"{what} has content that is not text. Models here read text only.")
         content = "".join(part["text"] for part in content)
     reasoning = next((rest[name] for name in _REASONING if name in rest), None)
     if reasoning is not None:
@@ -87,16 +89,16 @@ def _read_message(message: Any, what: str) -> Message:
         rest["tool_calls"] = _read_calls(rest["tool_calls"], what)
     if content is None and role == "assistant" and rest.get("tool_calls"):
         return {"role": role, **rest}  # a template would write a content of null as None
+    if content is None:
+        raise BadRow("no content", f"{what} has no content.")
     if not isinstance(content, str):
-        raise ValueError(
-            f"{what} has {'no content' if content is None else f'content of type {type(content).__name__}'}."
-        )
+        raise BadRow("content is not text", f"{what} has content of type {type(content).__name__}.")
     return {"role": role, "content": content, **rest}
 
 
 def _read_calls(calls: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError(f"{what} has tool_calls that are not a list of objects.")
+        raise BadRow("tools", f"{what} has tool_calls that are not a list of objects.")
     return [
         {**call, "function": _read_function(call["function"])} if isinstance(call.get("function"), dict) else call
         for call in map(_read_function, calls)
@@ -134,13 +136,13 @@ def split_turns(messages: Sequence[Message], tools: Any, tokenizer: Tokenizer, l
         labelled: what counts as the assistant's: its turns, its last one, or everything.
 
     Raises:
-        ValueError: the template refuses the conversation.
+        BadRow: the template refuses the conversation.
     """
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     answers = [i for i in said if _says_something(messages[i])]
     if not answers:
         return Turns([], False)
-    render = partial(tokenizer.render_answers, tools=_read_tools(tools), date=DATE)
+    render = partial(_render, tokenizer, _read_tools(tools))
     whole, marked = render(messages)
     if labelled == "all":
         return Turns([[(whole, True)]], True)
@@ -172,6 +174,11 @@ def encode_turns(turns: Turns, tokenizer: Tokenizer) -> Encoded:
     return encoded
 
 
+def with_template(tokenizer: Tokenizer, cfg: DatasetConfig) -> Tokenizer:
+    """The tokenizer with the chat template that the settings name, or as it is."""
+    return tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
+
+
 def check_stop(tokenizer: Tokenizer) -> int | None:
     """The special token that ends an answer in the tokenizer's chat template; None, and a warning, if there is none.
 
@@ -192,7 +199,7 @@ def check_stop(tokenizer: Tokenizer) -> int | None:
     warnings.warn(
         "the chat template has no special token at the end of what the assistant says, so a model cannot learn from "
         f"these rows where to stop. An answer ends in {tokenizer.decode(said[-3:])!r}.",
-        stacklevel=2,
+        stacklevel=1,  # one place: said once
     )
     return None
 
@@ -230,6 +237,15 @@ def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
     return len(ids) if found is None else found + 1
 
 
+def _render(
+    tokenizer: Tokenizer, tools: list[dict[str, Any]] | None, messages: Sequence[Message], **settings: Any
+) -> Rendered:
+    try:
+        return tokenizer.render_answers(messages, tools=tools, date=DATE, **settings)
+    except ValueError as error:
+        raise BadRow("template", str(error)) from None
+
+
 def _split_by_rendering(
     messages: Sequence[Message], answers: Sequence[int], whole: str, render: Callable[..., Rendered]
 ) -> list[list[Part]]:
@@ -239,7 +255,7 @@ def _split_by_rendering(
             text = whole if i == len(messages) - 1 else render(messages[: i + 1]).text
             prompt = render(messages[:i], add_generation_prompt=True).text
         except ValueError as error:
-            raise ValueError(f"up to message {i + 1}, which is the assistant's, {error}") from None
+            raise BadRow("template", f"up to message {i + 1}, which is the assistant's, {error}") from None
         turns.append((_shared_length(prompt, text), text))
     if all(whole.startswith(text) for _, text in turns):
         return [_cut(whole, [(start, len(text)) for start, text in turns])]
@@ -260,9 +276,9 @@ def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the tools are not valid json: {error}.") from None
+            raise BadRow("tools", f"the tools are not valid json: {error}.") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"the tools are a {type(tools).__name__}, expected a list of objects (json schemas).")
+        raise BadRow("tools", f"the tools are a {type(tools).__name__}, expected a list of objects (json schemas).")
     return tools or None
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdtune.data import token_files
-from kdtune.data.chats import Labelled, check_stop, encode_turns, read_messages, split_turns
-from kdtune.data.config import DatasetConfig
+from kdtune.data.chats import Labelled, check_stop, encode_turns, read_messages, split_turns, with_template
+from kdtune.data.config import SourceConfig
 from kdtune.data.examples import Encoded
 from kdtune.data.rows import BadRow
 from kdtune.tokenizers import Tokenizer
@@ -36,7 +36,7 @@ _COLUMNS = {
 }
 
 
-def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer) -> Callable[[Columns], Encoded]:
+def row_encoder(cfg: SourceConfig, tokenizer: Tokenizer) -> Callable[[Columns], Encoded]:
     """The function that turns one row into tokens.
 
     Raises:
@@ -69,7 +69,7 @@ def row_encoder(cfg: DatasetConfig, tokenizer: Tokenizer) -> Callable[[Columns],
         )
 
     if cfg.format == "chat":
-        chat_tokenizer = tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
+        chat_tokenizer = with_template(tokenizer, cfg)
         check_stop(chat_tokenizer)  # raises if there is no template
         return lambda row: _encode_chat(row, cfg, chat_tokenizer)
     if cfg.format == "tokens":
@@ -99,7 +99,7 @@ def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Toke
     return [(prompt_ids + answer_ids, [train_on_input] * len(prompt_ids) + [True] * len(answer_ids))]
 
 
-def _encode_text(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer, eos_id: int) -> Encoded:
+def _encode_text(row: Columns, cfg: SourceConfig, tokenizer: Tokenizer, eos_id: int) -> Encoded:
     text = _text(row, "text", cfg)
     if not text:
         return []
@@ -107,7 +107,7 @@ def _encode_text(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer, eos_id:
     return [(ids, [True] * len(ids))]
 
 
-def _encode_chat(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer) -> Encoded:
+def _encode_chat(row: Columns, cfg: SourceConfig, tokenizer: Tokenizer) -> Encoded:
     column = cfg.column_map.get("messages")
     if column is None:
         column = "messages" if "messages" in row or "conversations" not in row else "conversations"
@@ -117,7 +117,7 @@ def _encode_chat(row: Columns, cfg: DatasetConfig, tokenizer: Tokenizer) -> Enco
     return encode_turns(split_turns(messages, tools, tokenizer, labelled), tokenizer)
 
 
-def _alpaca(row: Columns, cfg: DatasetConfig) -> str:
+def _alpaca(row: Columns, cfg: SourceConfig) -> str:
     instruction = _text(row, "instruction", cfg)
     is_given = row.get(cfg.column_map.get("input", "input")) is not None  # parquet and csv have the column in each row
     context = _text(row, "input", cfg) if is_given else ""
@@ -142,11 +142,11 @@ def _parse_template(template: str) -> list[tuple[str, str | None]]:
     return [(text, name) for text, name, _, _ in parts]
 
 
-def _fill(template: list[tuple[str, str | None]], row: Columns, cfg: DatasetConfig) -> str:
+def _fill(template: list[tuple[str, str | None]], row: Columns, cfg: SourceConfig) -> str:
     return "".join(text + ("" if name is None else _text(row, name, cfg)) for text, name in template)
 
 
-def _text(row: Columns, name: str, cfg: DatasetConfig) -> str:
+def _text(row: Columns, name: str, cfg: SourceConfig) -> str:
     return _string(row, cfg.column_map.get(name, name), name)
 
 

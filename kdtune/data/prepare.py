@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 
 from tqdm import tqdm
 
 from kdtune.data import cache, rows
-from kdtune.data.config import DatasetConfig
+from kdtune.data.chats import with_template
+from kdtune.data.blend import Blend
+from kdtune.data.config import DatasetConfig, SourceConfig
 from kdtune.data.encoding import RowEncoder
 from kdtune.data.examples import Counts, Examples, Part, join, join_documents
 from kdtune.data.workers import ordered_map
@@ -19,8 +22,8 @@ _CHUNK_SIZE = 256  # rows that are tokenised together, here or in another proces
 
 def load(
     cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str = "dataset", vocab_size: int | None = None
-) -> Examples:
-    """Reads and tokenises a data set, or finds it in cfg.cache_dir.
+) -> Examples | Blend:
+    """Reads and tokenises a data set or all sources of a blend, or finds them in their cache_dir.
 
     Args:
         cfg: where the rows are and what they look like.
@@ -30,9 +33,32 @@ def load(
         vocab_size: rows of the models' embeddings; None: as many as the tokenizer has ids.
 
     Raises:
-        FileNotFoundError: nothing at cfg.source.
-        ValueError: a row of the wrong shape, an id outside of the vocabulary, no rows, or none with a label.
+        FileNotFoundError: nothing at a source.
+        ValueError: no source, or both kinds; a row of the wrong shape, an id outside of the vocabulary, no rows, or none
+            with a label.
     """
+    if not cfg.sources:
+        if cfg.source is None:
+            raise ValueError(
+                f"{name} has no rows: give {name}.source=..., or several as {name}.sources.<name>.source=..."
+            )
+        return _load_source(cfg, tokenizer, max_seq_len, name, vocab_size)
+    for field in dataclasses.fields(SourceConfig):
+        if getattr(cfg, field.name) != getattr(DatasetConfig(), field.name):
+            raise ValueError(
+                f"{name}.{field.name} says nothing about the blend in {name}.sources: each of them has its own. Set "
+                f"{name}.sources.{next(iter(cfg.sources))}.{field.name}, or leave it out."
+            )
+    sources = {
+        label: _load_source(source, tokenizer, max_seq_len, f"{name}.sources.{label}", vocab_size)
+        for label, source in cfg.sources.items()
+    }
+    return Blend(name, sources, {label: source.weight for label, source in cfg.sources.items()})
+
+
+def _load_source(
+    cfg: SourceConfig, tokenizer: Tokenizer, max_seq_len: int, name: str, vocab_size: int | None
+) -> Examples:
     encode = RowEncoder(cfg, tokenizer, max_seq_len, name, vocab_size)
     found = read_rows(cfg, tokenizer)
     parts = _parts(cfg, found, encode, max_seq_len, name)
@@ -40,14 +66,14 @@ def load(
         examples = join(name, max_seq_len, parts)
         _check(cfg, examples.counts, len(examples), max_seq_len, name)
     else:
-        key = cache.key(cfg, found, tokenizer, max_seq_len, vocab_size)
+        key = cache.key(cfg, found, with_template(tokenizer, cfg), max_seq_len, vocab_size)
         examples = _cached(cfg, cfg.cache_dir, key, parts, max_seq_len, name)
     for place in examples.counts.places:
         print(f"{name}: skipped {place}")
     return examples
 
 
-def read_rows(cfg: DatasetConfig, tokenizer: Tokenizer) -> rows.Rows:
+def read_rows(cfg: SourceConfig, tokenizer: Tokenizer) -> rows.Rows:
     """The rows that the settings name."""
     end_id = None
     if cfg.format == "tokens":
@@ -65,7 +91,7 @@ def read_rows(cfg: DatasetConfig, tokenizer: Tokenizer) -> rows.Rows:
     )
 
 
-def _parts(cfg: DatasetConfig, found: rows.Rows, encode: RowEncoder, max_seq_len: int, name: str) -> Iterator[Part]:
+def _parts(cfg: SourceConfig, found: rows.Rows, encode: RowEncoder, max_seq_len: int, name: str) -> Iterator[Part]:
     items = found.items()
     chunks = iter(lambda: list(islice(items, _CHUNK_SIZE)), [])
     parts = ordered_map(encode, chunks, cfg.num_workers)
@@ -80,7 +106,7 @@ def _parts(cfg: DatasetConfig, found: rows.Rows, encode: RowEncoder, max_seq_len
 
 
 def _cached(
-    cfg: DatasetConfig, cache_dir: str, key: dict[str, object], parts: Iterator[Part], max_seq_len: int, name: str
+    cfg: SourceConfig, cache_dir: str, key: dict[str, object], parts: Iterator[Part], max_seq_len: int, name: str
 ) -> Examples:
     folder = cache.folder(cache_dir, cfg.source, key)
     try:
@@ -106,7 +132,7 @@ def _cached(
     return examples
 
 
-def _check(cfg: DatasetConfig, counts: Counts, num_examples: int, max_seq_len: int, name: str) -> None:
+def _check(cfg: SourceConfig, counts: Counts, num_examples: int, max_seq_len: int, name: str) -> None:
     if counts.num_rows == 0:
         raise ValueError(f"{name}: {cfg.source} has no rows" + (f" in split={cfg.split}." if cfg.split else "."))
     if num_examples == 0:

@@ -167,7 +167,7 @@ class Tokenizer:
             warnings.warn(
                 f"chat_template={name} writes {', '.join(missing + variables)}, which the tokenizer in {self.source} "
                 "does not have as special tokens: the model will read letters, or nothing where a variable is meant.",
-                stacklevel=2,
+                stacklevel=1,  # one place: said once
             )
         other = copy.copy(self)
         other._templates = {"default": template}
