@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
         loaded = module.load_data(cfg, tokenizer)
     print(visible(said.getvalue(), keep="\n"), end="")  # it may quote rows
     view = look(loaded, tokenizer, call.options.start, num_rows, is_val=call.options.val)
-    view.title = f"{call.recipe.stem}: {view.title}, {getattr(cfg, view.title).source}"
+    source = getattr(getattr(cfg, view.title), "source", None)
+    view.title = f"{call.recipe.stem}: {view.title}" + (f", {source}" if source else "")
     if page is not None:
         from kdtune.cli import data_page
 
@@ -152,13 +153,14 @@ def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int, int] | Non
     if run is None:
         return [*facts, ("batches", _batches(found, _count(num_steps, "batch", "batches")))]
     per_epoch, in_run = run
+    epochs = f"{in_run / per_epoch:.2g}"
     low, middle, high = _spread(found.labels_per_step)
     where = f"{_count(num_steps, 'step')} of {'an epoch' if num_steps == per_epoch else 'the run'}"
     return [
         *facts,
         ("batches", _batches(found, where)),
         ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
-        ("steps", f"{per_epoch:,} per epoch, {in_run:,} in the run ({in_run / per_epoch:.2g} epochs)"),
+        ("steps", f"{per_epoch:,} per epoch, {in_run:,} in the run ({epochs} epoch{'s' * (epochs != '1')})"),
     ]
 
 
