@@ -23,6 +23,9 @@ token, with those that have a label marked; numbers of the batches that it would
 The settings are those of `kdtune run`."""
 
 
+_STREAM_STEPS = 100  # to look at where an epoch has no end that is known
+
+
 @dataclasses.dataclass
 class View:
     """All that is shown, whether as text or as a page."""
@@ -104,7 +107,7 @@ def _check_reads_data(module: ModuleType, call: recipe.Call) -> None:
 
 
 def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool) -> View:
-    """Go through the batches of an epoch.
+    """Go through the batches of an epoch, or through the first of a stream.
 
     Args:
         loaded: RunData, what the recipe's load_data returns.
@@ -121,9 +124,9 @@ def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool
     from kdtune.data import view
 
     loader = loaded.loader
-    per_epoch = loader.steps_per_epoch  # of the first epoch; packed rows are made anew in each
+    per_epoch = loader.steps_per_epoch  # of the first epoch; packed rows are made anew in each; None: a stream
     examples = loaded.examples_val if is_val else loader.examples
-    num_steps = len(loaded.val_batches) if is_val else min(per_epoch, loaded.num_steps)
+    num_steps = len(loaded.val_batches) if is_val else min(per_epoch or _STREAM_STEPS, loaded.num_steps)
     steps = ([batch] for batch in loaded.val_batches) if is_val else (loader.next_step() for _ in range(num_steps))
     bar = tqdm(steps, "batches", num_steps, unit=" steps", delay=2.0, leave=False, disable=None)
     found = view.survey(bar, examples, tokenizer, start=start, num_rows=num_rows)
@@ -131,21 +134,23 @@ def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool
         raise ValueError(f"--start {start}: there are {found.num_rows:,} rows.")
 
     shortest, median, longest = _spread(examples.lengths)
+    what = ("the first " if per_epoch is None and not is_val else "") + _count(len(examples), "example")
     return View(
         title=examples.name,
         rows=found.rows,
         facts=_facts(examples, found, num_steps, None if is_val else (per_epoch, loaded.num_steps)),
         bins=view.histogram(examples.lengths, examples.max_seq_len),
-        lengths=f"length of {_count(len(examples), 'example')}: min {shortest:,}, median {median:,}, max {longest:,}",
+        lengths=f"length of {what}: min {shortest:,}, median {median:,}, max {longest:,}",
         limit=f"max_seq_len {examples.max_seq_len:,}: {_limit(examples.counts)}",
     )
 
 
-def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int, int] | None) -> list[tuple[str, str]]:
-    """The numbers. `run`: steps of an epoch and of the run; None for validation."""
+def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int | None, int] | None) -> list[tuple[str, str]]:
+    """The numbers. `run`: steps of an epoch (None: a stream) and of the run; None for validation."""
     counts = examples.counts
     share = examples.num_labels / examples.num_tokens
-    facts = [("rows", _rows(counts, len(examples)))]
+    is_stream = run is not None and run[0] is None
+    facts = [("first rows" if is_stream else "rows", _rows(counts, len(examples)))]
     if counts.skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.skipped.items()))
         facts.append(("skipped", f"{kinds}; the first: {counts.places[0]}"))
@@ -153,14 +158,17 @@ def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int, int] | Non
     if run is None:
         return [*facts, ("batches", _batches(found, _count(num_steps, "batch", "batches")))]
     per_epoch, in_run = run
-    epochs = f"{in_run / per_epoch:.2g}"
+    steps = f"{in_run:,} in the run; how many an epoch would have is not known"
+    if per_epoch is not None:
+        epochs = f"{in_run / per_epoch:.2g}"
+        steps = f"{per_epoch:,} per epoch, {in_run:,} in the run ({epochs} epoch{'s' * (epochs != '1')})"
     low, middle, high = _spread(found.labels_per_step)
-    where = f"{_count(num_steps, 'step')} of {'an epoch' if num_steps == per_epoch else 'the run'}"
+    whole = "an epoch" if num_steps == per_epoch else "the run" if num_steps == in_run else "the stream"
     return [
         *facts,
-        ("batches", _batches(found, where)),
+        ("batches", _batches(found, f"{_count(num_steps, 'step')} of {whole}")),
         ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
-        ("steps", f"{per_epoch:,} per epoch, {in_run:,} in the run ({epochs} epoch{'s' * (epochs != '1')})"),
+        ("steps", steps),
     ]
 
 

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_runs
 import torch
 
-from kdtune import tokenizers
+from kdtune import data, tokenizers
 from kdtune.cli import data as command
 from kdtune.cli import data_page, data_text, terminal
 from kdtune.data import view
@@ -98,6 +99,19 @@ def test_a_run_that_ends_in_its_first_epoch(tiny: Path, kdtune: Run) -> None:
     _, out, _ = kdtune(*argv(tiny, "max_steps=2"))
     assert fact(out, "batches").startswith("8 rows in 2 steps of the run; ")
     assert fact(out, "steps") == "3 per epoch, 2 in the run (0.67 epochs)"
+
+
+def test_a_stream_is_looked_at_as_far_as_it_is_read(tiny: Path, kdtune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_STREAM_STEPS", 2)
+    tokenizer = tokenizers.load(tiny / "student")
+    cfg = data.DatasetConfig(source=str(tiny / "rows.jsonl"), format="completion")
+    loader = data.Loader(data.load(cfg, tokenizer, 64), batch_size=2)
+    stream = SimpleNamespace(examples=loader.examples, steps_per_epoch=None, next_step=loader.next_step)
+    loaded = SimpleNamespace(loader=stream, num_steps=1000, examples_val=None, val_batches={})
+    facts = dict(command.look(loaded, tokenizer, 1, 3, is_val=False).facts)
+    assert facts["batches"].startswith("4 rows in 2 steps of the stream; ")
+    assert facts["steps"] == "1,000 in the run; how many an epoch would have is not known"
+    assert facts["first rows"].startswith("10 read")
 
 
 def test_padding(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
