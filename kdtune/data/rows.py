@@ -61,14 +61,14 @@ class Shard:
     Attributes:
         name: for messages and cache keys.
         files: what is on disk of it.
-        read: its rows, from the first.
+        read: its rows, from the one with this number (from 0).
         count: how many rows `read` gives, for less than reading them where that is possible.
         size: the same where it is known without looking at the rows; None: it is not.
     """
 
     name: str
     files: list[Path]
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[int], Iterator[Row]]
     count: Callable[[], int]
     size: int | None = None
 
@@ -96,7 +96,7 @@ class Rows:
     def items(self) -> Iterator[Row]:
         """All rows, those that cannot be read with their `error`: they count when a split is taken."""
         start, stop = self.range()
-        return islice(chain.from_iterable(shard.read() for shard in self.shards), start, stop)
+        return islice(chain.from_iterable(shard.read(0) for shard in self.shards), start, stop)
 
     def range(self) -> tuple[int, int | None]:
         """First row, and the row behind the last; None: to the end. Counts the rows if percent or ends need it."""
@@ -129,6 +129,7 @@ def read(
     separator: str | None = None,
     token_dtype: token_files.TokenDtype | None = None,
     document_end_id: int | None = None,
+    streaming: bool = False,
 ) -> Rows:
     """The rows of a file, of the data files in a folder, or of a data set on the hub.
 
@@ -139,6 +140,7 @@ def read(
         separator: cuts text files into rows.
         token_dtype: how ids are stored in .bin files that have no index.
         document_end_id: cuts arrays of ids into rows.
+        streaming: rows of the hub are fetched as they are asked for; False: the whole split before the first.
 
     Raises:
         FileNotFoundError: no such file, folder or hub data set.
@@ -153,7 +155,7 @@ def read(
             return Rows([_saved(path)], bounds)
         return Rows([_file(file, separator, token_dtype, document_end_id) for file in _files(path, name)], bounds)
     if _HUB_NAME.fullmatch(source) and _kind(path) is None:
-        return Rows([_hub(source, subset, name or "train")], bounds)
+        return Rows(_hub(source, subset, name or "train", streaming), bounds)
     raise FileNotFoundError(
         f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
         "the Hugging Face hub."
@@ -257,16 +259,17 @@ def _file(
         return Shard(str(path), [path], partial(_read_parquet, path), lambda: size, size)
     readers: dict[str, Callable[[Path, IO[bytes]], Iterator[Row]]] = {
         "json": _read_json,
-        "jsonl": _read_lines,
         "csv": _read_csv,
         "text": partial(_read_text, separator),
     }
-    reader = readers[kind]
 
-    def read() -> Iterator[Row]:
+    def read(start: int) -> Iterator[Row]:
         try:
             with _open(path) as file:
-                yield from reader(path, file)
+                if kind == "jsonl":
+                    yield from _read_lines(path, file, start)
+                else:
+                    yield from islice(readers[kind](path, file), start, None)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}. Convert it first."
@@ -277,9 +280,9 @@ def _file(
     return Shard(str(path), [path], read, lambda: _count(path, kind, read))
 
 
-def _count(path: Path, kind: str, read: Callable[[], Iterator[Row]]) -> int:
+def _count(path: Path, kind: str, read: Callable[[int], Iterator[Row]]) -> int:
     if kind != "jsonl":
-        return sum(1 for _ in read())
+        return sum(1 for _ in read(0))
     with _open(path) as file:
         first = file.readline().removeprefix(BOM_UTF8)
         return sum(1 for line in chain([first], file) if line.strip())
@@ -319,10 +322,14 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
         yield _row(columns, path, "row", number)
 
 
-def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _read_lines(path: Path, file: IO[bytes], start: int = 0) -> Iterator[Row]:
+    num_skipped = 0
     for number, line in enumerate(file, start=1):
         line = (line.removeprefix(BOM_UTF8) if number == 1 else line).rstrip()  # an error at its end is of this line
         if not line:
+            continue
+        if num_skipped < start:
+            num_skipped += 1
             continue
         try:
             columns = json.loads(line.decode())
@@ -392,8 +399,8 @@ def _token_file(
         files, size = [path], len(array) if array.ndim == 2 else None
         cut = partial(token_files.documents, array, document_end_id)
 
-    def read() -> Iterator[Row]:
-        for number, ids in enumerate(cut(), start=1):
+    def read(start: int) -> Iterator[Row]:
+        for number, ids in islice(enumerate(cut(), start=1), start, None):
             yield Row({"tokens": ids}, str(path), "document", number)
 
     return Shard(str(path), files, read, lambda: sum(1 for _ in cut()) if size is None else size, size)
@@ -409,7 +416,7 @@ def _parquet_size(path: Path) -> int:
         raise ValueError(f"{path} cannot be read as parquet: {error}. Fetch it again.") from None
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, start: int) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -417,7 +424,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_BATCH_SIZE):
-                for columns in batch.to_pylist():
+                skipped = min(batch.num_rows, max(0, start - number))
+                number += skipped
+                for columns in batch.slice(skipped).to_pylist():
                     number += 1
                     yield Row(columns, str(path), "row", number)
     except (pyarrow.ArrowException, OSError) as error:
@@ -430,23 +439,39 @@ def _saved(path: Path) -> Shard:
     return _table(datasets.load_from_disk(str(path)), str(path))
 
 
-def _hub(source: str, subset: str | None, split: str) -> Shard:
+def _hub(source: str, subset: str | None, split: str, streaming: bool) -> list[Shard]:
     import datasets
+    import huggingface_hub
 
+    pinned = {}
     try:
-        rows = datasets.load_dataset(source, subset, split=split)
+        if streaming:
+            # A set that changes on the hub is another one to the checkpoints of a run.
+            pinned = {"streaming": True, "revision": huggingface_hub.dataset_info(source).sha}
+        rows = datasets.load_dataset(source, subset, split=split, **pinned)
     except Exception as error:  # a dozen kinds, from the network, the hub and the data set itself
         raise ValueError(
             f"no file or folder {source} here, and the Hugging Face hub did not give a data set of that name "
             f"(subset {subset or 'default'}, split {split}): {type(error).__name__}: {str(error).splitlines()[0][:300]}"
         ) from None
-    return _table(rows, f"{source} ({split})")
+    if streaming:
+        name, num_shards = f"{source}@{str(pinned['revision'])[:8]} ({split})", rows.num_shards
+        return [_remote(rows.shard(num_shards, i), f"{name}, shard {i + 1}") for i in range(num_shards)]
+    return [_table(rows, f"{source} ({split})")]
+
+
+def _remote(stream: Any, source: str) -> Shard:
+    def read(start: int) -> Iterator[Row]:
+        for number, columns in enumerate(stream.skip(start) if start else stream, start=start + 1):
+            yield Row(columns, source, "row", number)
+
+    return Shard(source, [], read, lambda: sum(1 for _ in stream))
 
 
 def _table(table: Any, source: str) -> Shard:
-    def read() -> Iterator[Row]:
-        number = 0
-        for batch in table.iter(_BATCH_SIZE):
+    def read(start: int) -> Iterator[Row]:
+        number = start
+        for batch in table.select(range(start, len(table))).iter(_BATCH_SIZE):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield Row(dict(zip(batch, values, strict=True)), source, "row", number)
