@@ -147,3 +147,20 @@ def _lines(path: Path) -> list[str]:
         return []
     # A line that a crash cut short is the last one, and belongs to a step that is repeated.
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def pool(by_source: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Means over all sources, and `<key>/<source>` for those of each where there are several.
+
+    Args:
+        by_source: name of each -> its means, and the tokens that they were taken over.
+    """
+    if len(by_source) == 1:
+        ((means, _),) = by_source.values()
+        return dict(means)
+    total = sum(count for _, count in by_source.values())
+    pooled: dict[str, float] = {}
+    for means, count in by_source.values():
+        for key, mean in means.items():
+            pooled[key] = pooled.get(key, 0.0) + mean * count / total
+    return pooled | {f"{key}/{source}": mean for source, (means, _) in by_source.items() for key, mean in means.items()}

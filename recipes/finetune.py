@@ -103,7 +103,7 @@ def main(cfg: Config) -> None:
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
 
     if inputs.val_batches and run.step == 0:
-        logger.log(0, evaluate(cfg, inputs, model))
+        logger.log(0, validate(cfg, inputs, model))
 
     throughput = metrics.Throughput()
     with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
@@ -130,6 +130,7 @@ def main(cfg: Config) -> None:
                     raise run.not_finite(step, loss_value, grad_norm)
                 values = {
                     "loss": loss_value,
+                    **{f"epochs/{source}": epochs for source, epochs in inputs.loader.source_epochs().items()},
                     "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
             bar.update()
 
             if inputs.val_batches and (last or (cfg.run_val_every_n_steps and step % cfg.run_val_every_n_steps == 0)):
-                values = evaluate(cfg, inputs, model)
+                values = validate(cfg, inputs, model)
                 logger.log(step, values)
                 bar.write(f"step {step}: validation loss {values['val_loss']:.3f}")
                 throughput.restart()
@@ -178,8 +179,8 @@ class Inputs:
     model_config: dict[str, Any]  # the model's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
-    loader: data.Loader
-    val_batches: list[data.Batch]  # empty without dataset_val
+    loader: data.Loader | data.StreamLoader
+    val_batches: dict[str, list[data.Batch]]  # of each source; empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
     lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
@@ -260,12 +261,12 @@ def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
 
 def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer) -> data.RunData:
     """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see."""
-    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
-    examples_val, val_batches = None, []
+    examples = data.load_or_stream(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
+    examples_val, val_batches = None, {}
     if cfg.dataset_val is not None:
         examples_val = data.load(cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val")
         val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
-    loader = data.Loader(
+    loader = data.make_loader(
         examples,
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
@@ -294,11 +295,14 @@ def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, float]:
-    """Mean over the labelled tokens of the validation rows, in nats."""
-    loss_sum, num_tokens = torch.zeros((), device=inputs.device), data.count_labels(inputs.val_batches)
-    for batch in inputs.val_batches:
-        batch = batch.to(inputs.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-        loss_sum += objective(cfg, hidden, model.head, batch.labels, num_tokens).ce
-    return {"val_loss": loss_sum.item()}
+def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, float]:
+    """Mean over the labelled tokens of the validation rows, in nats; of a blend also of each: val_loss/<name>."""
+    found = {}
+    for source, batches in inputs.val_batches.items():
+        loss_sum, num_tokens = torch.zeros((), device=inputs.device), data.count_labels(batches)
+        for batch in batches:
+            batch = batch.to(inputs.device)
+            hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+            loss_sum += objective(cfg, hidden, model.head, batch.labels, num_tokens).ce
+        found[source] = {"val_loss": loss_sum.item()}, num_tokens
+    return metrics.pool(found)

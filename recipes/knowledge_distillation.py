@@ -20,7 +20,6 @@ Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", a
 """
 
 import dataclasses
-import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterable
@@ -121,7 +120,7 @@ def main(cfg: Config) -> None:
 
     prove_teacher(cfg, inputs, student, teacher)
     if inputs.val_batches and run.step == 0:
-        logger.log(0, evaluate(cfg, inputs, inputs.val_batches, student, teacher))
+        logger.log(0, validate(cfg, inputs, student, teacher))
 
     throughput = metrics.Throughput()
     with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
@@ -152,6 +151,7 @@ def main(cfg: Config) -> None:
                     "loss": loss_value,
                     "ce_loss": ce_loss,
                     "kd_loss": kd_loss,
+                    **{f"epochs/{source}": epochs for source, epochs in inputs.loader.source_epochs().items()},
                     **({"kd_factor": balanced_kd / (kd_loss or 1)} if cfg.kd_loss.balance else {}),
                     "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
@@ -170,7 +170,7 @@ def main(cfg: Config) -> None:
             bar.update()
 
             if inputs.val_batches and (last or (cfg.run_val_every_n_steps and step % cfg.run_val_every_n_steps == 0)):
-                values = evaluate(cfg, inputs, inputs.val_batches, student, teacher)
+                values = validate(cfg, inputs, student, teacher)
                 logger.log(step, values)
                 bar.write(
                     f"step {step}: validation ce {values['val_ce_loss']:.3f}, KL to the teacher "
@@ -206,8 +206,8 @@ class Inputs:
     student_config: dict[str, Any]  # the student's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
-    loader: data.Loader
-    val_batches: list[data.Batch]  # empty without dataset_val
+    loader: data.Loader | data.StreamLoader
+    val_batches: dict[str, list[data.Batch]]  # of each source; empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
     lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
@@ -298,14 +298,14 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | No
     Args:
         vocab_size: ids that the models have; None: they are not looked at.
     """
-    examples = data.load(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
-    examples_val, val_batches = None, []
+    examples = data.load_or_stream(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
+    examples_val, val_batches = None, {}
     if cfg.dataset_val is not None:
         examples_val = data.load(
             cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
         )
         val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
-    loader = data.Loader(
+    loader = data.make_loader(
         examples,
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
@@ -351,6 +351,16 @@ def objective(
     )
 
 
+def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> dict[str, float]:
+    """Means over the labelled tokens of the validation rows; of a blend also of each source: val_ce_loss/<name>."""
+    return metrics.pool(
+        {
+            source: (evaluate(cfg, inputs, batches, student, teacher), data.count_labels(batches))
+            for source, batches in inputs.val_batches.items()
+        }
+    )
+
+
 @torch.no_grad()
 def evaluate(
     cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
@@ -358,6 +368,7 @@ def evaluate(
     """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
     sums, num_tokens = torch.zeros(6, device=inputs.device), 0
     for batch in batches:
+        num_tokens += batch.num_labels
         batch = batch.to(inputs.device)
         targets = teacher(batch)
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
@@ -367,15 +378,14 @@ def evaluate(
         )
         values = (loss.ce, loss.kd, loss.agreement, loss.student_entropy, loss.teacher_ce, loss.teacher_entropy)
         sums += torch.stack(values)
-        num_tokens += batch.num_labels
     names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_entropy", "val_teacher_ce_loss", "val_teacher_entropy")
     return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
 
 
 def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> None:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
-    first_batch = itertools.islice(data.batches(inputs.loader.examples, cfg.batch_size), 1)
-    values = evaluate(cfg, inputs, first_batch, student, teacher)
+    first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size))
+    values = evaluate(cfg, inputs, [first_batch], student, teacher)
     print(f"teacher check on {cfg.batch_size} rows: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
     print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
 

@@ -126,8 +126,9 @@ def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool
     loader = loaded.loader
     per_epoch = loader.steps_per_epoch  # of the first epoch; packed rows are made anew in each; None: a stream
     examples = loaded.examples_val if is_val else loader.examples
-    num_steps = len(loaded.val_batches) if is_val else min(per_epoch or _STREAM_STEPS, loaded.num_steps)
-    steps = ([batch] for batch in loaded.val_batches) if is_val else (loader.next_step() for _ in range(num_steps))
+    val_batches = [batch for batches in loaded.val_batches.values() for batch in batches]
+    num_steps = len(val_batches) if is_val else min(per_epoch or _STREAM_STEPS, loaded.num_steps)
+    steps = ([batch] for batch in val_batches) if is_val else (loader.next_step() for _ in range(num_steps))
     bar = tqdm(steps, "batches", num_steps, unit=" steps", delay=2.0, leave=False, disable=None)
     found = view.survey(bar, examples, tokenizer, start=start, num_rows=num_rows)
     if num_rows and start > found.num_rows:

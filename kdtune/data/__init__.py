@@ -11,6 +11,7 @@ from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
 from kdtune.data.loader import Loader, batches, val_batches
 from kdtune.data.prepare import load
+from kdtune.data.stream import Stream, StreamLoader, load_or_stream, make_loader
 from kdtune.data.view import RunData
 
 __all__ = [
@@ -20,11 +21,15 @@ __all__ = [
     "Examples",
     "Loader",
     "RunData",
+    "Stream",
+    "StreamLoader",
     "batches",
     "collate",
     "collate_packed",
     "count_labels",
     "load",
+    "load_or_stream",
+    "make_loader",
     "trained_template",
     "val_batches",
 ]

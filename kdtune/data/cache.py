@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import struct
-import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from kdtune import __version__
-from kdtune.data.config import DatasetConfig
+from kdtune.data.config import SourceConfig
 from kdtune.data.examples import Counts, Examples, Part, example_ids
 from kdtune.data.rows import Rows
 from kdtune.tokenizers import Tokenizer
@@ -39,7 +39,17 @@ _NUM_CHECKED = 256  # examples whose ids are computed again when a set is opened
 
 # Settings that change where and how tokens are made or dealt out, but not which they are. A setting that is not named
 # here makes another set.
-_NO_TOKENS = ("source", "num_workers", "cache_dir", "packed", "group_by_length")
+_NO_TOKENS = (
+    "source",
+    "sources",
+    "weight",
+    "num_workers",
+    "cache_dir",
+    "packed",
+    "group_by_length",
+    "streaming",
+    "shuffle_buffer",
+)
 
 
 class Damaged(ValueError):
@@ -47,7 +57,7 @@ class Damaged(ValueError):
 
 
 def key(
-    cfg: DatasetConfig, rows: Rows, tokenizer: Tokenizer, max_seq_len: int, vocab_size: int | None
+    cfg: SourceConfig, rows: Rows, tokenizer: Tokenizer, max_seq_len: int, vocab_size: int | None
 ) -> dict[str, Any]:
     """All that the tokens of a set depend on, as json can hold it."""
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _NO_TOKENS}
@@ -90,7 +100,8 @@ def write(folder: Path, key: dict[str, Any], parts: Iterable[Part]) -> None:
         OSError: the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
+    aside.mkdir()
     try:
         counts, sizes = _write_columns(aside, parts)
         meta = {"key": key, "sizes": sizes, "counts": dataclasses.asdict(counts)}

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from kdtune.data.config import DatasetConfig
+from kdtune.data.config import DatasetConfig, SourceConfig
 from kdtune.data.rows import BadRow
 from kdtune.tokenizers import ChatTemplate, Rendered, Tokenizer
 
@@ -174,7 +174,7 @@ def encode_turns(turns: Turns, tokenizer: Tokenizer) -> Encoded:
     return encoded
 
 
-def with_template(tokenizer: Tokenizer, cfg: DatasetConfig) -> Tokenizer:
+def with_template(tokenizer: Tokenizer, cfg: SourceConfig) -> Tokenizer:
     """The tokenizer with the chat template that the settings name, or as it is."""
     return tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
 
@@ -204,13 +204,14 @@ def check_stop(tokenizer: Tokenizer) -> int | None:
     return None
 
 
-def trained_template(tokenizer: Tokenizer, *sections: DatasetConfig | None) -> ChatTemplate | None:
+def trained_template(tokenizer: Tokenizer, *datasets: DatasetConfig | None) -> ChatTemplate | None:
     """What the folder of the finished model has to carry, so that it is asked as it was trained; None: what it has.
 
     Raises:
-        ValueError: the sections name different templates.
+        ValueError: data sets name different templates.
     """
-    named = {section.chat_template or "" for section in sections if section is not None and section.format == "chat"}
+    sources = [source for cfg in datasets if cfg is not None for source in (cfg.sources.values() or [cfg])]
+    named = {source.chat_template or "" for source in sources if source.format == "chat"}
     if len(named) > 1:
         found = " and ".join(sorted(name or "null" for name in named))
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from kdtune.data.config import DatasetConfig
+from kdtune.data.config import SourceConfig
 from kdtune.data.examples import Encoded, Part, PartBuilder, TooLong, whole_documents
 from kdtune.data.formats import row_encoder
 from kdtune.data.rows import BadRow, Row
@@ -23,7 +23,7 @@ class RowEncoder:
     """Turns rows into examples. It can be sent to other processes."""
 
     def __init__(
-        self, cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, name: str, vocab_size: int | None
+        self, cfg: SourceConfig, tokenizer: Tokenizer, max_seq_len: int, name: str, vocab_size: int | None
     ) -> None:
         """
         Args:
@@ -51,11 +51,10 @@ class RowEncoder:
                 f"{name}.join_documents=true is for format=text and tokens: a row of format={cfg.format} is an example "
                 f"for itself. Leave it out; {name}.packed=true puts several into a row that do not see each other."
             )
-        if cfg.join_documents and (cfg.packed or cfg.too_long):
-            other = "packed=true" if cfg.packed else f"too_long={cfg.too_long}"
+        if cfg.join_documents and cfg.too_long:
             raise ValueError(
-                f"{name}.join_documents=true cuts all documents into full rows, so that {name}.{other} says nothing. "
-                "Leave one of them out."
+                f"{name}.join_documents=true cuts all documents into full rows, so that too_long={cfg.too_long} says "
+                "nothing. Leave one of them out."
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -154,6 +154,12 @@ class Examples:
         """Changes when any token, label or border does: a resumed run checks that it reads the same data."""
         return zlib.crc32(self.ids.tobytes())
 
+    def order(self, epoch: int, seed: int | None) -> np.ndarray:
+        """The order in which an epoch, from 0, has them: [n] int64; without a seed as they were read."""
+        if seed is None:
+            return np.arange(len(self))
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
     def summary(self) -> str:
         """One line: how much there is, and what was cut, dropped or skipped."""
         counts = self.counts

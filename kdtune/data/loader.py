@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from kdtune.data.batch import Batch, collate, collate_packed, without_labels
+from kdtune.data.blend import Blend
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
 from kdtune.data.packing import Rows, pack
@@ -33,7 +34,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | Blend,
         *,
         batch_size: int,
         gradient_accumulation_steps: int = 1,
@@ -119,17 +120,12 @@ class Loader:
             self._position = 0
             self._rows = self._plan(self.epoch)
         step.sort(key=lambda row: self._lengths[row].sum(), reverse=True)
-        shares = [step[start:end] for start, end in self._micro_batches(len(step))]
+        shares = [step[start:end] for start, end in share(len(step), self._batch_size, self._num_ranks)]
         # Neighbours in length go through the model at the same time, each on its rank, so that none waits for long.
         return [
             _collate(self.examples, share, self._packed) if share else without_labels(self._packed)
             for share in shares[self._rank :: self._num_ranks]
         ]
-
-    def _micro_batches(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Bounds of the micro-batches of all ranks: as many for each, of even sizes, batch_size or less."""
-        count = -(-num_rows // (self._batch_size * self._num_ranks)) * self._num_ranks
-        return pairwise(num_rows * i // max(count, 1) for i in range(count + 1))
 
     def summary(self) -> str:
         """How much of what the model computes is padding, in the present epoch."""
@@ -142,8 +138,24 @@ class Loader:
         steps = -np.sort(-lengths[:whole].reshape(-1, self._step_size), axis=1)
         computed = steps.reshape(-1, self._batch_size).max(axis=1, initial=0).sum() * self._batch_size
         rest = -np.sort(-lengths[whole:])
-        computed += sum((end - start) * rest[start] for start, end in self._micro_batches(len(rest)) if end > start)
+        computed += sum(
+            (end - start) * rest[start]
+            for start, end in share(len(rest), self._batch_size, self._num_ranks)
+            if end > start
+        )
         return f"{1 - lengths.sum() / computed:.1%} padding"
+
+    def source_epochs(self) -> dict[str, float]:
+        """How often each source of a blend has been gone through by now; empty for a single data set."""
+        if not isinstance(self.examples, Blend):
+            return {}
+        draws = self.examples.num_draws(self.epoch * len(self.examples))
+        dealt = [self._rows[row] for row in range(self._position)]
+        of_source = self.examples.source_of(np.concatenate([*dealt, np.empty(0, np.int64)]))
+        draws = draws + np.bincount(of_source, minlength=len(draws))
+        return {
+            name: draw / len(source) for draw, (name, source) in zip(draws, self.examples.sources.items(), strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on from here, on any rank. Small, and plain numbers only."""
@@ -167,6 +179,11 @@ class Loader:
             ValueError: the data, their order, or the size of a step or of an epoch changed: examples would be repeated
                 or left out, or the number of steps would no longer stand for as many examples.
         """
+        if "position" not in state:
+            raise ValueError(
+                f"cannot continue in {self.examples.name}: the checkpoint is of a run with {self.examples.name}"
+                ".streaming=true, which saw rows in another order. Give it again, or start anew."
+            )
         self.epoch, self._position = state["epoch"], state["position"]
         self._rows = self._plan(self.epoch)
         here = self.state_dict()
@@ -190,13 +207,13 @@ class Loader:
     def _plan(self, epoch: int) -> Rows:
         """The rows of an epoch in their order, as many as the examples make."""
         count = len(self.examples)
-        generator = np.random.default_rng([self._seed, epoch])
-        order = generator.permutation(count) if self._shuffle else np.arange(count)
+        order = self.examples.order(epoch, self._seed if self._shuffle else None)
         if self._packed:
             rows = pack(self._lengths[order], self.examples.max_seq_len)
             return Rows(order[rows.indices], rows.starts)
         if self._group_by_length:
             seen = min(count // self._step_size, self._max_steps_per_epoch) * self._step_size
+            generator = np.random.default_rng([self._seed, epoch, _STEPS_PER_GROUP])  # another than that of the order
             order = np.concatenate([self._group(order[:seen], generator), order[seen:]])
         return Rows.of_one(order)
 
@@ -209,14 +226,20 @@ class Loader:
         return generator.permutation(steps).reshape(-1)
 
 
-def batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+def share(num_rows: int, batch_size: int, num_ranks: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the micro-batches of all ranks: as many for each, of even sizes, batch_size or less."""
+    count = -(-num_rows // (batch_size * num_ranks)) * num_ranks
+    return pairwise(num_rows * i // max(count, 1) for i in range(count + 1))
+
+
+def batches(examples: Examples | Blend, batch_size: int) -> Iterator[Batch]:
     """All examples once, a row each, in the order in which they were read."""
     for start in range(0, len(examples), batch_size):
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 
 
-def val_batches(examples: Examples, batch_size: int, cfg: DatasetConfig) -> list[Batch]:
-    """All examples once, for validation, whose sums do not depend on the order.
+def val_batches(examples: Examples | Blend, batch_size: int, cfg: DatasetConfig) -> dict[str, list[Batch]]:
+    """All examples once, for validation, whose sums do not depend on the order: the batches of each source by its name.
 
     They are packed if cfg.packed; else the longest come first, which saves padding, or stay in the order in which they
     were read if cfg.group_by_length is false.
@@ -224,6 +247,16 @@ def val_batches(examples: Examples, batch_size: int, cfg: DatasetConfig) -> list
     Raises:
         ValueError: group_by_length where it says nothing.
     """
+    if isinstance(examples, Blend):
+        if not np.allclose(examples.weights * len(examples), [len(source) for source in examples.sources.values()]):
+            raise ValueError(
+                f"{examples.name}.sources: weights say nothing for validation, where every row is seen once. Leave them out."
+            )
+        return {name: _val_batches(source, batch_size, cfg) for name, source in examples.sources.items()}
+    return {examples.name: _val_batches(examples, batch_size, cfg)}
+
+
+def _val_batches(examples: Examples, batch_size: int, cfg: DatasetConfig) -> list[Batch]:
     order = np.arange(len(examples))
     if _groups(cfg.group_by_length, cfg.packed, examples.name):
         order = np.argsort(-examples.lengths, kind="stable")
@@ -234,7 +267,7 @@ def val_batches(examples: Examples, batch_size: int, cfg: DatasetConfig) -> list
     ]
 
 
-def _collate(examples: Examples, rows: Sequence[np.ndarray], packed: bool) -> Batch:
+def _collate(examples: Examples | Blend, rows: Sequence[np.ndarray], packed: bool) -> Batch:
     documents = [[examples[i] for i in row.tolist()] for row in rows]
     return collate_packed(documents) if packed else collate([document for (document,) in documents])
 

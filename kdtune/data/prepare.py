@@ -9,8 +9,8 @@ from itertools import islice
 from tqdm import tqdm
 
 from kdtune.data import cache, rows
-from kdtune.data.chats import with_template
 from kdtune.data.blend import Blend
+from kdtune.data.chats import with_template
 from kdtune.data.config import DatasetConfig, SourceConfig
 from kdtune.data.encoding import RowEncoder
 from kdtune.data.examples import Counts, Examples, Part, join, join_documents
@@ -34,14 +34,19 @@ def load(
 
     Raises:
         FileNotFoundError: nothing at a source.
-        ValueError: no source, or both kinds; a row of the wrong shape, an id outside of the vocabulary, no rows, or none
-            with a label.
+        ValueError: no source; a row of the wrong shape, an id outside of the vocabulary, no rows, none with a label.
     """
+    if cfg.streaming:
+        raise ValueError(
+            f"{name}.streaming=true is for training; rows to validate on are the same each time, and few. Leave it "
+            "out, and take a part of them with split if they are many."
+        )
+    if cfg.packed and any(source.join_documents for source in (cfg.sources.values() or [cfg])):
+        raise ValueError(
+            f"{name}.packed=true fills rows with whole documents, join_documents=true cuts documents into full rows. "
+            "Leave one of them out."
+        )
     if not cfg.sources:
-        if cfg.source is None:
-            raise ValueError(
-                f"{name} has no rows: give {name}.source=..., or several as {name}.sources.<name>.source=..."
-            )
         return _load_source(cfg, tokenizer, max_seq_len, name, vocab_size)
     for field in dataclasses.fields(SourceConfig):
         if getattr(cfg, field.name) != getattr(DatasetConfig(), field.name):
@@ -59,6 +64,8 @@ def load(
 def _load_source(
     cfg: SourceConfig, tokenizer: Tokenizer, max_seq_len: int, name: str, vocab_size: int | None
 ) -> Examples:
+    if cfg.source is None:
+        raise ValueError(f"{name} has no rows: give {name}.source=<file, folder or owner/name on the hub>.")
     encode = RowEncoder(cfg, tokenizer, max_seq_len, name, vocab_size)
     found = read_rows(cfg, tokenizer)
     parts = _parts(cfg, found, encode, max_seq_len, name)
@@ -73,8 +80,9 @@ def _load_source(
     return examples
 
 
-def read_rows(cfg: SourceConfig, tokenizer: Tokenizer) -> rows.Rows:
+def read_rows(cfg: SourceConfig, tokenizer: Tokenizer, *, streaming: bool = False) -> rows.Rows:
     """The rows that the settings name."""
+    assert cfg.source is not None
     end_id = None
     if cfg.format == "tokens":
         end_id = tokenizer.eos_id if cfg.document_end_id is None else cfg.document_end_id
@@ -88,6 +96,7 @@ def read_rows(cfg: SourceConfig, tokenizer: Tokenizer) -> rows.Rows:
         separator=cfg.separator,
         token_dtype=cfg.token_dtype,
         document_end_id=end_id,
+        streaming=streaming,
     )
 
 
@@ -108,6 +117,7 @@ def _parts(cfg: SourceConfig, found: rows.Rows, encode: RowEncoder, max_seq_len:
 def _cached(
     cfg: SourceConfig, cache_dir: str, key: dict[str, object], parts: Iterator[Part], max_seq_len: int, name: str
 ) -> Examples:
+    assert cfg.source is not None
     folder = cache.folder(cache_dir, cfg.source, key)
     try:
         examples = cache.read(folder, key, name, max_seq_len)

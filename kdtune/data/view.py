@@ -10,8 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from kdtune.data.batch import IGNORE, Batch, count_labels
+from kdtune.data.blend import Blend
 from kdtune.data.examples import Examples, example_ids
 from kdtune.data.loader import Loader
+from kdtune.data.stream import StreamLoader
 from kdtune.tokenizers import Tokenizer
 
 
@@ -19,10 +21,10 @@ from kdtune.tokenizers import Tokenizer
 class RunData:
     """What a run reads, as a recipe's `load_data` makes it."""
 
-    loader: Loader
+    loader: Loader | StreamLoader
     num_steps: int  # optimizer steps of the whole run
-    examples_val: Examples | None
-    val_batches: list[Batch]  # empty without validation
+    examples_val: Examples | Blend | None
+    val_batches: dict[str, list[Batch]]  # of each source; empty without validation
 
     def summary(self) -> str:
         """One line: how much there is to train on, and to validate on."""
@@ -73,7 +75,7 @@ class Survey:
 
 
 def survey(
-    steps: Iterable[Sequence[Batch]], examples: Examples, tokenizer: Tokenizer, *, start: int, num_rows: int
+    steps: Iterable[Sequence[Batch]], examples: Examples | Blend, tokenizer: Tokenizer, *, start: int, num_rows: int
 ) -> Survey:
     """Goes through batches, and spells out the rows `start` to `start + num_rows - 1`, counted from 1."""
     found = Survey()
@@ -111,7 +113,7 @@ def _cut(batch: Batch, documents: Tensor, i: int) -> Iterator[tuple[Tensor, Tens
 
 
 def _document(
-    tokens: Tensor, labels: Tensor, examples: Examples, tokenizer: Tokenizer, known: frozenset[int]
+    tokens: Tensor, labels: Tensor, examples: Examples | Blend, tokenizer: Tokenizer, known: frozenset[int]
 ) -> Document:
     is_label = labels != IGNORE
     ids = tokens.tolist()
@@ -120,9 +122,17 @@ def _document(
         ids.append(int(labels[-1]))
     flags = flags[: len(ids)]
     (own,) = example_ids(np.array(ids, np.int32), np.array(flags), np.array([len(ids)]))
-    found = np.flatnonzero(examples.ids == own)  # several where the data hold something twice
-    origin = f"{_unit(examples)} {found[0] + 1:,}" if len(found) else ""
-    return Document(list(spell(ids, flags, tokenizer, known)), len(tokens), int(is_label.sum()), origin)
+    spelled = list(spell(ids, flags, tokenizer, known))
+    return Document(spelled, len(tokens), int(is_label.sum()), _origin(examples, own))
+
+
+def _origin(examples: Examples | Blend, own: np.uint64) -> str:
+    """Where an example is from; empty if that is not known."""
+    for name, source in examples.sources.items() if isinstance(examples, Blend) else [("", examples)]:
+        found = np.flatnonzero(source.ids == own)  # several where the data hold something twice
+        if len(found):
+            return f"{name}{', ' if name else ''}{_unit(source)} {found[0] + 1:,}"
+    return ""
 
 
 def _unit(examples: Examples) -> str:

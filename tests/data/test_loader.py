@@ -374,7 +374,7 @@ def test_grouped_steps_are_in_random_order_and_hold_all_lengths() -> None:
     means = [np.mean([batch.tokens.shape[1] for batch in loader.next_step()]) for _ in range(500)]
     assert abs(np.corrcoef(np.arange(500), means)[0, 1]) < 0.1
     first, second = np.array(means[:250]), np.array(means[250:])
-    assert abs(first.mean() / second.mean() - 1) < 0.05
+    assert abs(first.mean() / second.mean() - 1) < 0.1  # three standard errors
 
 
 def test_a_packed_summary_says_the_fill() -> None:

@@ -140,7 +140,7 @@ def test_every_document_is_in_the_batch_as_it_is_alone(examples: data.Examples) 
 
 def test_labels_never_cross_a_border(examples: data.Examples) -> None:
     """A label is the next token of its own document; that of a document's last token is its own end, or nothing."""
-    (batch, *_) = data.val_batches(examples, 4, data.DatasetConfig(source="", packed=True))
+    (batch, *_) = data.val_batches(examples, 4, data.DatasetConfig(source="", packed=True))[examples.name]
     assert batch.documents is not None
     scored = batch.labels[:, :-1] != IGNORE
     inside = batch.documents[:, :-1] == batch.documents[:, 1:]
@@ -153,7 +153,7 @@ def test_labels_never_cross_a_border(examples: data.Examples) -> None:
 
 def test_validation_rows_are_packed_too(examples: data.Examples) -> None:
     packed, grouped, in_order = (
-        data.val_batches(examples, 4, data.DatasetConfig(source="", packed=packed, group_by_length=group))
+        data.val_batches(examples, 4, data.DatasetConfig(source="", packed=packed, group_by_length=group))[examples.name]
         for packed, group in ((True, None), (False, None), (False, False))
     )
     for batches in (packed, grouped, in_order):

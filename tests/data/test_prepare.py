@@ -118,8 +118,11 @@ def test_joined_documents(
     ("settings", "message"),
     [
         ({"join_documents": True}, r"dataset.join_documents=true is for format=text and tokens"),
-        ({"format": "text", "join_documents": True, "packed": True}, r"dataset.packed=true says nothing"),
-        ({"format": "text", "join_documents": True, "too_long": "drop"}, r"dataset.too_long=drop says nothing"),
+        (
+            {"format": "text", "join_documents": True, "packed": True},
+            r"dataset.packed=true fills rows with whole documents",
+        ),
+        ({"format": "text", "join_documents": True, "too_long": "drop"}, r"too_long=drop says nothing"),
         ({"document_end_id": 3}, "document_end_id is for format=tokens"),
         ({"token_dtype": "uint16"}, "token_dtype is for format=tokens"),
     ],
@@ -234,7 +237,8 @@ if __name__ == "__main__":
 """
 
 
-def test_interrupting_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopping_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(Path(workers.__file__).parent)}
@@ -249,10 +253,14 @@ def test_interrupting_leaves_no_process(tmp_path: Path) -> None:
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(4)]
     assert lines == ["ready\n", "0\n", "1\n", "2\n"]
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does it: to all of them
+    else:
+        process.kill()
     _, errors = process.communicate(timeout=30)
-    assert errors.count("Traceback") == 1, errors
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    if number == signal.SIGINT:
+        assert errors.count("Traceback") == 1, errors
+        assert errors.rstrip().endswith("KeyboardInterrupt")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:

@@ -1,0 +1,312 @@
+"""Rows too many to look at first: tokenised as training asks for them, mixed in a buffer, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+
+from kdtune.data import cache, rows
+from kdtune.data.batch import IGNORE, Batch, Example, collate, without_labels
+from kdtune.data.blend import Blend
+from kdtune.data.config import DatasetConfig
+from kdtune.data.encoding import RowEncoder
+from kdtune.data.examples import NUM_PLACES, Examples, Part, join
+from kdtune.data.loader import Loader, share
+from kdtune.data.prepare import load, read_rows
+from kdtune.tokenizers import Tokenizer
+
+_NUM_FIRST = 256  # rows that are looked at before a run
+
+
+class _Place(NamedTuple):
+    """Where an example of an epoch comes from."""
+
+    shard: int
+    row: int  # of the shard, from 0; rows that cannot be used count
+    part: int  # of the row, which may make several examples
+
+
+@final
+class Stream:
+    """A data set that is not tokenised before it is needed.
+
+    Attributes:
+        name: the section of the settings, for messages.
+        rows: where the rows come from.
+        first: the first rows as examples, for checks and summaries.
+        shuffle_buffer: examples among which the next one is chosen.
+        fingerprint: changes when the files, the tokenizer or a setting does that changes tokens.
+    """
+
+    def __init__(
+        self, cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str, vocab_size: int | None
+    ) -> None:
+        """
+        Raises:
+            FileNotFoundError: nothing at cfg.source.
+            ValueError: settings that do not fit, or first rows that cannot be used.
+        """
+        given = {
+            "packed": cfg.packed,
+            "group_by_length": cfg.group_by_length,
+            "join_documents": cfg.join_documents,
+            "num_workers": cfg.num_workers,
+            "cache_dir": cfg.cache_dir,
+            "sources": cfg.sources,
+        }
+        for setting, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name}.streaming=true reads rows as they are needed, and {name}.{setting} is for sets that are "
+                    "tokenised before the run. Leave one of them out."
+                )
+        if cfg.split is not None and "[" in cfg.split:
+            raise ValueError(f"{name}.streaming=true reads all rows of a split, not a part: split={cfg.split}.")
+        if cfg.source is None:
+            raise ValueError(f"{name} has no rows: give {name}.source=<file, folder or owner/name on the hub>.")
+        self._encode = RowEncoder(cfg, tokenizer, max_seq_len, name, vocab_size)
+        self.name = name
+        self.rows = read_rows(cfg, tokenizer, streaming=True)
+        self.shuffle_buffer = cfg.shuffle_buffer
+        # The time of change does not count: a copy on another machine is the same set.
+        key = cache.key(cfg, self.rows, tokenizer, max_seq_len, vocab_size)
+        key["files"] = [[name, size, digest] for name, size, _, digest in key["files"]]
+        self.fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self._num_told = 0
+
+        parts = (self.encode(row) for row in islice(self.rows.items(), _NUM_FIRST))
+        self.first = join(f"{name} (first rows)", max_seq_len, parts)
+        self._num_told = 0
+        if len(self.first) == 0:
+            raise ValueError(
+                f"{name}: there is nothing to train on in the first {self.first.num_rows:,} rows of {cfg.source}: "
+                f"{self.first.counts}."
+            )
+
+    def encode(self, row: rows.Row) -> Part:
+        """The examples of a row. The first rows that are skipped are told."""
+        part = self._encode([row])
+        for place in part.counts.places:
+            if self._num_told < NUM_PLACES:
+                print(f"{self.name}: skipped {place}")
+            self._num_told += 1
+        return part
+
+
+@final
+class StreamLoader:
+    """Deals out a stream in optimizer steps, pass after pass without end: the interface of `Loader`.
+
+    With `shuffle`, files come in a new order in each pass, and each example is chosen at random among
+    `Stream.shuffle_buffer` of those that were read; what is chosen is a function of (seed, step) alone. A pass holds
+    each example once.
+
+    Attributes:
+        stream: what it deals out.
+        epoch: complete passes so far.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        max_steps_per_epoch: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        """Arguments as those of `Loader`."""
+        if max_steps_per_epoch is not None:
+            raise ValueError(
+                f"{stream.name}.streaming=true knows no epochs, so that max_steps_per_epoch={max_steps_per_epoch} says "
+                "nothing. Give max_steps."
+            )
+        self.stream = stream
+        self._batch_size = batch_size
+        self._step_size = batch_size * gradient_accumulation_steps * num_ranks
+        self._shuffle = shuffle
+        self._buffer_size = stream.shuffle_buffer if shuffle else 1
+        self._seed = seed
+        self._rank, self._num_ranks = rank, num_ranks
+        self._steps = 0  # dealt out
+        self._begin(0)
+
+    @property
+    def examples(self) -> Examples:
+        """The first rows, to look at."""
+        return self.stream.first
+
+    def num_steps(self, epochs: int, max_steps: int | None = None) -> int:
+        """`max_steps`.
+
+        Raises:
+            ValueError: it is not given, or epochs are.
+        """
+        if max_steps is None or epochs != 1:
+            raise ValueError(
+                f"{self.stream.name}.streaming=true does not know how many rows there are, so that epochs cannot be "
+                "counted. Give max_steps, and leave epochs out."
+            )
+        return max_steps
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Not known."""
+        return None
+
+    def source_epochs(self) -> dict[str, float]:
+        """Nothing: a stream is no blend."""
+        return {}
+
+    def summary(self) -> str:
+        """Where the rows will come from."""
+        num_shards = len(self.stream.rows.shards)
+        files = f"{num_shards:,} files" if num_shards > 1 else "one file"
+        return f"streamed from {files}" + (f" through a buffer of {self._buffer_size:,} examples" * self._shuffle)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step, as those of `Loader.next_step`."""
+        generator = np.random.default_rng([self._seed, self._steps])
+        chosen: list[Example] = []
+        self._fill()
+        while self._buffer and len(chosen) < self._step_size:
+            i = int(generator.integers(len(self._buffer)))
+            self._buffer[i], self._buffer[-1] = self._buffer[-1], self._buffer[i]
+            chosen.append(self._buffer.pop()[1])
+            self._fill()
+        self._steps += 1
+        if not self._buffer:
+            self._begin(self.epoch + 1)
+        chosen.sort(key=lambda example: len(example[0]), reverse=True)
+        shares = [chosen[start:end] for start, end in share(len(chosen), self._batch_size, self._num_ranks)]
+        return [collate(share) if share else without_labels(False) for share in shares[self._rank :: self._num_ranks]]
+
+    def _begin(self, epoch: int) -> None:
+        """Goes to the start of a pass."""
+        self.epoch = epoch
+        self._read = _Place(0, 0, 0)  # the next example that goes into the buffer; the shard is a place in `_order`
+        self._buffer: list[tuple[_Place, Example]] = []
+        self._coming = self._examples(self._read)
+
+    def _order(self) -> np.ndarray:
+        """The files of this pass."""
+        count = len(self.stream.rows.shards)
+        return (
+            np.random.default_rng([self._seed, self.epoch, 0]).permutation(count) if self._shuffle else np.arange(count)
+        )
+
+    def _fill(self) -> None:
+        while len(self._buffer) < self._buffer_size and (found := next(self._coming, None)) is not None:
+            self._buffer.append(found)
+            place = found[0]
+            self._read = place._replace(part=place.part + 1)
+
+    def _examples(self, start: _Place) -> Iterator[tuple[_Place, Example]]:
+        """All examples of the pass from a place on."""
+        for shard, index in enumerate(self._order().tolist()):
+            if shard < start.shard:
+                continue
+            first_row = start.row if shard == start.shard else 0
+            for number, row in enumerate(self.stream.rows.shards[index].read(first_row), start=first_row):
+                is_start = (shard, number) == (start.shard, start.row)
+                yield from _of_row(self.stream.encode(row), shard, number, start.part if is_start else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here, on any rank: plain numbers, three for each example in the buffer."""
+        return {
+            "epoch": self.epoch,
+            "steps": self._steps,
+            "read": list(self._read),
+            "buffer": [number for place, _ in self._buffer for number in place],
+            "step_size": self._step_size,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "buffer_size": self._buffer_size,
+            "fingerprint": self.stream.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the place that `state_dict` described: the rows of its buffer are read again.
+
+        Raises:
+            ValueError: what is read, its order, or the size of a step changed.
+        """
+        here = self.state_dict()
+        names = {
+            "fingerprint": "the rows (files, tokenizer or settings)",
+            "seed": "seed",
+            "shuffle": "shuffle",
+            "buffer_size": f"{self.stream.name}.shuffle_buffer",
+            "step_size": "batch_size * gradient_accumulation_steps (times ranks)",
+        }
+        if "buffer" not in state:
+            raise ValueError(
+                f"cannot continue in {self.stream.name}: the checkpoint is of a run without {self.stream.name}"
+                ".streaming=true, which saw rows in another order. Leave it out, or start anew."
+            )
+        for key, what in names.items():
+            if state[key] != here[key]:
+                raise ValueError(
+                    f"cannot continue in {self.stream.name}: {what} changed since the checkpoint ({state[key]} then, "
+                    f"{here[key]} now), so that some rows would be seen twice, or others never. Restore it, or start "
+                    "anew with resume_from_checkpoint=false and another output_dir."
+                )
+        self._begin(state["epoch"])
+        self._steps = state["steps"]
+        numbers = iter(state["buffer"])
+        places = [_Place(*place) for place in zip(numbers, numbers, numbers, strict=True)]
+        found = self._find(set(places))
+        self._buffer = [(place, found[place]) for place in places]
+        self._read = _Place(*state["read"])
+        self._coming = self._examples(self._read)
+
+    def _find(self, places: set[_Place]) -> dict[_Place, Example]:
+        """Reads examples again; rows between them are not tokenised."""
+        found: dict[_Place, Example] = {}
+        order = self._order()
+        for shard in sorted({place.shard for place in places}):
+            wanted = {place.row for place in places if place.shard == shard}
+            first, last = min(wanted), max(wanted)
+            read = self.stream.rows.shards[order[shard]].read(first)
+            for number, row in zip(range(first, last + 1), read, strict=False):
+                if number in wanted:
+                    found.update(_of_row(self.stream.encode(row), shard, number))
+        if not places <= found.keys():
+            raise ValueError(f"cannot continue in {self.stream.name}: rows are gone that were there at the checkpoint.")
+        return found
+
+
+def _of_row(part: Part, shard: int, row: int, start: int = 0) -> Iterator[tuple[_Place, Example]]:
+    ends = np.cumsum(part.sizes)
+    for i in range(start, len(ends)):
+        inside = slice(ends[i] - part.sizes[i], ends[i])
+        tokens = torch.from_numpy(part.tokens[inside].astype(np.int64))
+        is_label = torch.from_numpy(part.is_label[inside])
+        yield _Place(shard, row, i), (tokens[:-1], torch.where(is_label[1:], tokens[1:], IGNORE))
+
+
+def load_or_stream(
+    cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str = "dataset", vocab_size: int | None = None
+) -> Examples | Blend | Stream:
+    """What `load` gives, or with cfg.streaming a stream; the arguments are those of `load`."""
+    if cfg.streaming:
+        return Stream(cfg, tokenizer, max_seq_len, name=name, vocab_size=vocab_size)
+    return load(cfg, tokenizer, max_seq_len, name=name, vocab_size=vocab_size)
+
+
+def make_loader(data: Examples | Blend | Stream, **settings: Any) -> Loader | StreamLoader:
+    """The loader of a set, with the settings of `Loader`."""
+    if not isinstance(data, Stream):
+        return Loader(data, **settings)
+    for name in ("packed", "group_by_length"):  # where they say something, `Stream` has refused them
+        settings.pop(name, None)
+    return StreamLoader(data, **settings)

@@ -1,0 +1,256 @@
+"""A stream deals out each row of a pass once, mixed, and goes on after any step as if it had never stopped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizer_folders as folders
+
+from kdtune import data, tokenizers
+from kdtune.data import Batch, DatasetConfig, Examples, StreamLoader
+from kdtune.data.examples import example_ids
+
+COUNTS = (7, 0, 12, 4)  # rows of the files
+TEXTS = [f"{i} the fox jumps over {i * i} dogs" for i in range(sum(COUNTS))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    return tokenizers.load(folders.qwen(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "parquet"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write(tmp_path / "rows", request.param)
+
+
+def write(folder: Path, kind: str = "jsonl") -> Path:
+    """Four files, one of which is empty."""
+    folder.mkdir()
+    start = 0
+    for number, count in enumerate(COUNTS):
+        path = folder / f"part-{number}.{kind}"
+        texts = TEXTS[start : start + count]
+        start += count
+        if kind == "parquet":
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
+        elif kind == "csv":
+            path.write_text("text\n" + "".join(f"{text}\n" for text in texts))
+        else:
+            content = "\n".join(json.dumps({"text": text}) + "\n" for text in texts)  # with empty lines between
+            path.write_bytes(gzip.compress(content.encode()) if kind.endswith("gz") else content.encode())
+    return folder
+
+
+def stream(source: Path, tokenizer: tokenizers.Tokenizer, max_seq_len: int = 64, **settings: Any) -> data.Stream:
+    settings = {"format": "text", "streaming": True, "shuffle_buffer": 5, **settings}
+    opened = data.load_or_stream(DatasetConfig(source=str(source), **settings), tokenizer, max_seq_len)
+    assert isinstance(opened, data.Stream)
+    return opened
+
+
+def loader(opened: data.Stream, batch_size: int = 2, accumulation: int = 2, **settings: Any) -> StreamLoader:
+    made = data.make_loader(opened, batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings)
+    assert isinstance(made, StreamLoader)
+    return made
+
+
+def ids(step: list[Batch]) -> list[int]:
+    """Which examples a step has: all of their tokens are labelled."""
+    found = []
+    for batch in step:
+        for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
+            length = int((labels != data.IGNORE).sum())
+            if length:
+                document = np.array([*tokens[:length].tolist(), int(labels[length - 1])], np.int32)
+                is_label = np.arange(length + 1) > 0
+                found.append(int(example_ids(document, is_label, np.array([length + 1]))[0]))
+    return found
+
+
+def snapshot(step: list[Batch]) -> list[Any]:
+    return [[batch.tokens.tolist(), batch.labels.tolist()] for batch in step]
+
+
+def whole(source: Path, tokenizer: tokenizers.Tokenizer, max_seq_len: int = 64, **settings: Any) -> Examples:
+    examples = data.load(DatasetConfig(source=str(source), format="text", **settings), tokenizer, max_seq_len)
+    assert isinstance(examples, Examples)
+    return examples
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("max_seq_len", [64, 7])
+def test_a_pass_holds_each_example_once(
+    shuffle: bool, max_seq_len: int, source: Path, tokenizer: tokenizers.Tokenizer
+) -> None:
+    made = loader(stream(source, tokenizer, max_seq_len), shuffle=shuffle)
+    expected = whole(source, tokenizer, max_seq_len).ids.tolist()
+    orders = []
+    for epoch in range(3):
+        orders.append([])
+        while made.epoch == epoch:
+            orders[-1] += ids(made.next_step())
+        assert sorted(orders[-1]) == sorted(expected)
+    if shuffle:
+        assert len({tuple(order) for order in orders}) == 3
+        assert expected not in orders
+    else:
+        assert [sorted(order[i : i + 4]) for order in orders for i in range(0, len(expected), 4)] == 3 * [
+            sorted(expected[i : i + 4]) for i in range(0, len(expected), 4)
+        ]
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 1000])
+@pytest.mark.parametrize("max_seq_len", [64, 7])
+def test_going_on_after_any_step(
+    buffer: int, max_seq_len: int, source: Path, tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    opened = stream(source, tokenizer, max_seq_len, shuffle_buffer=buffer)
+    uninterrupted = loader(opened, seed=3)
+    states, steps = [], []
+    while uninterrupted.epoch < 2:
+        states.append(json.dumps(uninterrupted.state_dict()))
+        steps.append(snapshot(uninterrupted.next_step()))
+    for stop, state in enumerate(states):
+        resumed = loader(opened, seed=3)
+        resumed.load_state_dict(json.loads(state))
+        assert resumed.state_dict() == json.loads(state)
+        assert [snapshot(resumed.next_step()) for _ in steps[stop : stop + 4]] == steps[stop : stop + 4]
+
+
+def test_order_depends_on_seed_only_and_neighbours_are_parted(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    opened = stream(write(tmp_path / "rows"), tokenizer, shuffle_buffer=1000)
+    first, again, other = (
+        [id for _ in range(5) for id in ids(loader(opened, seed=seed).next_step())] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_ranks_share_each_step(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    opened = stream(write(tmp_path / "rows"), tokenizer)
+    alone = loader(opened, batch_size=2, accumulation=3, seed=4)
+    ranks = [loader(opened, batch_size=2, accumulation=1, seed=4, rank=rank, num_ranks=3) for rank in range(3)]
+    state = None
+    while alone.epoch == 0:
+        steps = [rank.next_step() for rank in ranks]
+        assert len({len(step) for step in steps}) == 1
+        assert sorted(ids([batch for step in steps for batch in step])) == sorted(ids(alone.next_step()))
+        state = state or ranks[0].state_dict()
+    resumed = loader(opened, batch_size=1, accumulation=6, seed=4)
+    resumed.load_state_dict(state)  # another split of a step, and other ranks
+    assert sorted(ids(resumed.next_step())) != []
+
+
+def test_broken_rows(tokenizer: tokenizers.Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    path.write_text(good + "broken\n" + '{"text": null}\n' + good)
+    made = loader(stream(path, tokenizer, on_error="skip"))
+    assert capsys.readouterr().out.count("dataset: skipped") == 2
+    found, state = [], None
+    while made.epoch == 0:
+        found += ids(made.next_step())
+        state = state or (made.state_dict() if len(found) > len(TEXTS) else None)
+    assert len(found) == 2 * len(TEXTS)
+    resumed = loader(stream(path, tokenizer, on_error="skip"))
+    assert state is not None
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^dataset: .*rows\.jsonl, line 24, column 1: broken json"):
+        stream(path, tokenizer)
+
+
+def test_summary(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    opened = stream(write(tmp_path / "rows"), tokenizer)
+    run = data.RunData(loader(opened), 10, None, {})
+    assert run.summary().startswith(f"dataset (first rows): {len(TEXTS)} rows, ")
+    assert run.summary().endswith("streamed from 4 files through a buffer of 5 examples")
+    assert loader(opened, shuffle=False).summary() == "streamed from 4 files"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packed": True}, "dataset.packed is for sets that are tokenised before"),
+        ({"group_by_length": True}, "dataset.group_by_length is for sets"),
+        ({"join_documents": True}, "dataset.join_documents is for sets"),
+        ({"num_workers": 2}, "dataset.num_workers is for sets"),
+        ({"cache_dir": "cache"}, "dataset.cache_dir is for sets"),
+        ({"split": "train[:90%]"}, r"not a part: split=train\[:90%\]"),
+        ({"source": None}, "has no rows"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    settings: dict[str, Any], message: str, tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    cfg = DatasetConfig(**{"source": str(write(tmp_path / "rows")), "format": "text", "streaming": True, **settings})
+    with pytest.raises(ValueError, match=message):
+        data.load_or_stream(cfg, tokenizer, 64)
+
+
+def test_a_run_needs_its_number_of_steps(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    opened = stream(write(tmp_path / "rows"), tokenizer)
+    assert loader(opened).num_steps(1, 7) == 7
+    for arguments in ((1, None), (2, 7)):
+        with pytest.raises(ValueError, match="Give max_steps"):
+            loader(opened).num_steps(*arguments)
+    with pytest.raises(ValueError, match="max_steps_per_epoch=3 says nothing"):
+        loader(opened, max_steps_per_epoch=3)
+    with pytest.raises(ValueError, match="streaming=true is for training"):
+        data.load(DatasetConfig(source=str(tmp_path / "rows"), format="text", streaming=True), tokenizer, 64)
+
+
+def test_resuming_with_other_rows_or_settings_is_refused(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows")
+    made = loader(stream(source, tokenizer))
+    made.next_step()
+    state = made.state_dict()
+    for other, message in [
+        (loader(stream(source, tokenizer), seed=1), "seed changed"),
+        (loader(stream(source, tokenizer), shuffle=False), "shuffle changed"),
+        (loader(stream(source, tokenizer), batch_size=3), "batch_size"),
+        (loader(stream(source, tokenizer, shuffle_buffer=6)), r"dataset\.shuffle_buffer changed"),
+        (loader(stream(source, tokenizer, 7)), "the rows"),
+    ]:
+        with pytest.raises(ValueError, match=f"cannot continue in dataset: {message}"):
+            other.load_state_dict(state)
+    read = data.make_loader(whole(source, tokenizer), batch_size=2, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"of a run with dataset\.streaming=true"):
+        read.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"of a run without dataset\.streaming=true"):
+        made.load_state_dict(read.state_dict())
+    (source / "part-3.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
+    with pytest.raises(ValueError, match="the rows"):
+        loader(stream(source, tokenizer)).load_state_dict(state)
+
+
+def test_a_stream_of_the_hub(tokenizer: tokenizers.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in sorted(write(tmp_path / "rows").glob("*.jsonl")) if path.stat().st_size]
+    load_dataset = datasets.load_dataset
+
+    def local(name: str, subset: str | None, *, split: str, streaming: bool, revision: str) -> Any:
+        assert (name, split, revision) == ("owner/set", "train", "0123456789")
+        return load_dataset("json", data_files=files, split="train", streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: SimpleNamespace(sha="0123456789"))
+    opened = stream(Path("owner/set"), tokenizer)
+    assert next(shard.name for shard in opened.rows.shards) == "owner/set@01234567 (train), shard 1"
+    assert len(opened.rows.shards) == 3
+    made = loader(opened)
+    found = []
+    while made.epoch == 0:
+        state = made.state_dict()
+        found.append(ids(made.next_step()))
+    assert sorted(chain.from_iterable(found)) == sorted(whole(tmp_path / "rows", tokenizer).ids.tolist())
+    resumed = loader(opened)
+    resumed.load_state_dict(state)
+    assert ids(resumed.next_step()) == found[-1]
