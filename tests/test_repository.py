@@ -265,7 +265,7 @@ def takes(schema: Any, key: str, text: str) -> bool:
     """Whether a recipe has the setting and accepts the value."""
     keys = {setting.key for setting in config.describe(schema)}
     if key not in keys:  # unless it is in a section that the user names
-        return any(re.fullmatch(re.escape(known).replace("<name>", "[a-z]+"), key) for known in keys if "<name>" in known)
+        return any(re.fullmatch(re.escape(known).replace("<name>", "[a-z]+"), key) for known in keys)
     others = [pair for pair in fill(schema, None) if pair.partition("=")[0] != key]
     if not PLACEHOLDER.search(text):
         config.load(schema, None, [*others, f"{key}={text}"])

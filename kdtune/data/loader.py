@@ -250,7 +250,8 @@ def val_batches(examples: Examples | Blend, batch_size: int, cfg: DatasetConfig)
     if isinstance(examples, Blend):
         if not np.allclose(examples.weights * len(examples), [len(source) for source in examples.sources.values()]):
             raise ValueError(
-                f"{examples.name}.sources: weights say nothing for validation, where every row is seen once. Leave them out."
+                f"{examples.name}.sources: weights say nothing for validation, where every row is seen once. Leave "
+                "them out."
             )
         return {name: _val_batches(source, batch_size, cfg) for name, source in examples.sources.items()}
     return {examples.name: _val_batches(examples, batch_size, cfg)}

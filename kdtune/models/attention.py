@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +92,12 @@ def attend(
 
 def _attend_within(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, window: int | None) -> Tensor:
     b, s = queries.size(0), queries.size(2)
-    flat = [heads.transpose(1, 2).flatten(0, 1) for heads in (queries, keys, values)]  # [b * s, h, n]
+    queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (queries, keys, values))  # [b * s, h, n]
     if has_varlen_kernel(queries):
-        out = _varlen(*flat, documents, window)
+        out = _varlen(queries, keys, values, documents, window)
     else:
         outs = []
-        for pieces in zip(*(heads.split(documents.lengths) for heads in flat), strict=True):
+        for pieces in zip(*(heads.split(documents.lengths) for heads in (queries, keys, values)), strict=True):
             one = [piece.transpose(0, 1)[None] for piece in pieces]  # [1, h, length, n]
             mask = None if window is None else documents.window_mask(len(pieces[0]), window, queries)
             outs.append(attend(one[0], one[1], one[2], mask, None)[0].transpose(0, 1))
@@ -119,7 +120,7 @@ def has_varlen_kernel(queries: Tensor) -> bool:
 def _varlen(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    settings: dict[str, bool] = {}
+    settings: dict[str, Any] = {}
     if queries.size(1) != keys.size(1):
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             settings["enable_gqa"] = True
@@ -129,7 +130,9 @@ def _varlen(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents,
     starts, longest = documents.starts, max(documents.lengths)
     # Its window counts the tokens before the query, ours the query too.
     back = -1 if window is None else window - 1
-    return varlen_attn(queries, keys, values, starts, starts, longest, longest, window_size=(back, 0), **settings)
+    out = varlen_attn(queries, keys, values, starts, starts, longest, longest, window_size=(back, 0), **settings)
+    assert isinstance(out, Tensor)  # and not a pair, which other settings ask for
+    return out
 
 
 def attention_mask(

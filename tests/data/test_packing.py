@@ -153,7 +153,7 @@ def test_labels_never_cross_a_border(examples: data.Examples) -> None:
 
 def test_validation_rows_are_packed_too(examples: data.Examples) -> None:
     packed, grouped, in_order = (
-        data.val_batches(examples, 4, data.DatasetConfig(source="", packed=packed, group_by_length=group))[examples.name]
+        data.val_batches(examples, 4, data.DatasetConfig(packed=packed, group_by_length=group))[examples.name]
         for packed, group in ((True, None), (False, None), (False, False))
     )
     for batches in (packed, grouped, in_order):

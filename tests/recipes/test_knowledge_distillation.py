@@ -220,7 +220,7 @@ def test_every_divergence_trains(name: str, tiny: Path, tmp_path: Path) -> None:
 def test_a_parameter_of_another_divergence_is_refused(tiny: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         distil(tiny, tmp_path / "run", "kd_loss.name=reverse_kl", "kd_loss.beta=0.3")
-    assert "kd_loss.beta=0.3 does not apply to reverse_kl; it belongs to symmetric_kl and jsd." in capsys.readouterr().err
+    assert "kd_loss.beta=0.3 does not apply to reverse_kl; it belongs to symmetric_kl" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
