@@ -115,7 +115,7 @@ def test_stopped_and_resumed_sees_the_same() -> None:
 
 
 def test_weights_for_some_only_are_refused() -> None:
-    with pytest.raises(ValueError, match="sources.b has no weight, and others have one"):
+    with pytest.raises(ValueError, match=r"sources\.b has no weight, and others have one"):
         make_blend({"a": 1, "b": 1}, {"a": 1.0, "b": None})  # type: ignore[dict-item]
 
 
