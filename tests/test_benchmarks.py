@@ -28,6 +28,7 @@ def run(program: str, *words: str) -> tuple[list[str], list[str]]:
             "--tokens 12 --vocabulary 50 --hidden 8 --teacher-hidden 16 --ignored 0.5",
         ),
         ("gradient_error.py", "kdtune dense", "--tokens 12 --vocabulary 50 --hidden 8"),
+        ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
         ("step.py", "kdtune", "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --teacher-hidden 32 --layers 1"),
     ],
 )
