@@ -43,3 +43,9 @@ def test_a_peer_that_is_not_there_is_left_out_with_the_cure() -> None:
     rows, left_out = run("gradient_error.py", "--tokens", "4", "--vocabulary", "50", "--variants", "dense", "liger")
     assert len(rows) + len(left_out) == 2
     assert all("pip install" in line for line in left_out)
+
+
+def test_a_set_is_found_again_in_the_cache() -> None:
+    command = [sys.executable, BENCHMARKS / "large_set.py", "--rows", "50", "--workers", "0"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["into the cache", "out of the cache"]

@@ -61,7 +61,7 @@ def key(
 ) -> dict[str, Any]:
     """All that the tokens of a set depend on, as json can hold it."""
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _NO_TOKENS}
-    files = [_identity(file) for shard in rows.shards for file in shard.files]
+    files = [_identity(file) for file in rows.files]
     return {
         "format": FORMAT,
         "kdtune": __version__,

@@ -85,11 +85,12 @@ def read_rows(cfg: SourceConfig, tokenizer: Tokenizer, *, streaming: bool = Fals
     assert cfg.source is not None
     end_id = None
     if cfg.format == "tokens":
-        end_id = tokenizer.eos_id if cfg.document_end_id is None else cfg.document_end_id
+        own = tokenizer.eos_ids[0] if tokenizer.eos_ids else rows.NO_END
+        end_id = own if cfg.document_end_id is None else cfg.document_end_id
     elif cfg.document_end_id is not None or cfg.token_dtype is not None:
         which = "document_end_id" if cfg.document_end_id is not None else "token_dtype"
         raise ValueError(f"{which} is for format=tokens, not {cfg.format}. Leave it out.")
-    return rows.read(
+    found = rows.read(
         cfg.source,
         split=cfg.split,
         subset=cfg.name,
@@ -98,6 +99,12 @@ def read_rows(cfg: SourceConfig, tokenizer: Tokenizer, *, streaming: bool = Fals
         document_end_id=end_id,
         streaming=streaming,
     )
+    if cfg.document_end_id is not None and not any(file.suffix.lower() in (".npy", ".bin") for file in found.files[:1]):
+        raise ValueError(
+            f"document_end_id={cfg.document_end_id} cuts .npy and .bin files into documents, and {cfg.source} has "
+            "documents already. Leave it out."
+        )
+    return found
 
 
 def _parts(cfg: SourceConfig, found: rows.Rows, encode: RowEncoder, max_seq_len: int, name: str) -> Iterator[Part]:

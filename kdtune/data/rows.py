@@ -21,6 +21,7 @@ from kdtune.data import token_files
 _SPLIT = re.compile(r"(?P<name>[^\[\]]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+NO_END = -1  # no id ends a document
 _BATCH_SIZE = 1024  # rows of a parquet file or a hub data set that are Python objects at one time
 _BLOCK_SIZE = 2**20  # characters of a text file that are looked at together
 
@@ -85,6 +86,11 @@ class Rows:
         self.shards = list(shards)
         self._bounds = bounds
         self._range: tuple[int, int | None] | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """What is on disk of it."""
+        return [file for shard in self.shards for file in shard.files]
 
     def __iter__(self) -> Iterator[Row]:
         """Raises BadRow where one cannot be read."""
@@ -397,6 +403,11 @@ def _token_file(
     else:
         array = token_files.open_array(path, token_dtype)
         files, size = [path], len(array) if array.ndim == 2 else None
+        if size is None and document_end_id == NO_END:
+            raise ValueError(
+                f"{path} is one array, and the tokenizer names no eos token, so that nothing says where a document "
+                "ends. Give document_end_id."
+            )
         cut = partial(token_files.documents, array, document_end_id)
 
     def read(start: int) -> Iterator[Row]:

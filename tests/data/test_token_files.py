@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from itertools import chain
@@ -226,3 +227,17 @@ def test_arrays_that_are_refused(tokenizer: tokenizers.Tokenizer, tmp_path: Path
         data.load(DatasetConfig(source=str(tmp_path / "b.bin"), format="text"), tokenizer, 8)
     with pytest.raises(ValueError, match=r"token_dtype=uint16 is for \.bin files"):
         load(rows_file(tmp_path, {"tokens": [1]}), tokenizer, token_dtype="uint16")
+    indexed = write_indexed(tmp_path / "c", DOCUMENTS, [0, 1, 2, 3])
+    for source in (rows_file(tmp_path, {"tokens": [1]}), indexed):
+        with pytest.raises(ValueError, match=r"document_end_id=3 cuts .* has documents already"):
+            load(source, tokenizer, document_end_id=3)
+
+
+def test_a_tokenizer_without_an_eos(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    other = copy.copy(tokenizer)
+    other.eos_ids = ()
+    assert documents(load(rows_file(tmp_path, {"tokens": DOCUMENTS[0]}), other)) == DOCUMENTS[:1]
+    np.save(tmp_path / "a.npy", DOCUMENTS[0])
+    assert documents(load(tmp_path / "a.npy", other, document_end_id=END)) == DOCUMENTS[:1]
+    with pytest.raises(ValueError, match=r"nothing says where a document ends\. Give document_end_id"):
+        load(tmp_path / "a.npy", other)
