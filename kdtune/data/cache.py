@@ -99,6 +99,8 @@ def write(folder: Path, key: dict[str, Any], parts: Iterable[Part]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise NotADirectoryError(f"cache_dir {folder.parent} is a file. Give a folder, which may not exist yet.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     aside.mkdir()

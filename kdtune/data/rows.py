@@ -22,7 +22,8 @@ _SPLIT = re.compile(r"(?P<name>[^\[\]]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 NO_END = -1  # no id ends a document
-_BATCH_SIZE = 1024  # rows of a parquet file or a hub data set that are Python objects at one time
+BATCH_SIZE = 1024  # rows of a parquet file or a hub data set that are Python objects at one time
+_SURROGATE = b"\\ud"  # how json begins to write half of a character
 _BLOCK_SIZE = 2**20  # characters of a text file that are looked at together
 
 
@@ -152,16 +153,18 @@ def read(
         FileNotFoundError: no such file, folder or hub data set.
         ValueError: files that cannot be read. What is wrong in a file shows when its rows are gone through.
     """
+    from kdtune.data import tables  # which gives Shards
+
     name, bounds = _parse_split(split)
     path = Path(source)
     if path.exists():
         if subset is not None:
             raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")
         if path.is_dir() and (path / "state.json").is_file():
-            return Rows([_saved(path)], bounds)
+            return Rows([tables.saved(path)], bounds)
         return Rows([_file(file, separator, token_dtype, document_end_id) for file in _files(path, name)], bounds)
     if _HUB_NAME.fullmatch(source) and _kind(path) is None:
-        return Rows(_hub(source, subset, name or "train", streaming), bounds)
+        return Rows(tables.hub(source, subset, name or "train", streaming), bounds)
     raise FileNotFoundError(
         f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
         "the Hugging Face hub."
@@ -324,8 +327,9 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
         content = lists[key]
     if not isinstance(content, list):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a list of rows.")
+    has_escapes = _SURROGATE.decode() in text.lower()
     for number, columns in enumerate(content, start=1):
-        yield _row(columns, path, "row", number)
+        yield _row(columns, path, "row", number, has_escapes)
 
 
 def _read_lines(path: Path, file: IO[bytes], start: int = 0) -> Iterator[Row]:
@@ -345,13 +349,24 @@ def _read_lines(path: Path, file: IO[bytes], start: int = 0) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             message = f"{path}, line {number:,}, column {error.colno}: broken json: {error.msg}."
             yield Row({}, str(path), "line", number, BadRow("broken json", message))
+        except RecursionError:
+            message = f"{path}, line {number:,}: broken json: it is nested too deeply."
+            yield Row({}, str(path), "line", number, BadRow("broken json", message))
         else:
-            yield _row(columns, path, "line", number)
+            yield _row(columns, path, "line", number, _SURROGATE in line.lower())
 
 
-def _row(columns: Any, path: Path, unit: str, number: int) -> Row:
+def _row(columns: Any, path: Path, unit: str, number: int, has_escapes: bool) -> Row:
     if isinstance(columns, dict):
-        return Row(columns, str(path), unit, number)
+        try:
+            # Text of other kinds of files is decoded from UTF-8, which has no such thing. What tokenizers make of it
+            # differs: an error of their own, or another text.
+            if has_escapes:
+                json.dumps(columns, ensure_ascii=False).encode()
+            return Row(columns, str(path), unit, number)
+        except UnicodeEncodeError:
+            message = f"{unit} {number:,} of {path} holds half of a character (a lone surrogate such as \\ud83d)."
+            return Row({}, str(path), unit, number, BadRow("not Unicode", message))
     message = f"{unit} {number:,} of {path} is a {type(columns).__name__}, expected an object with named columns."
     return Row({}, str(path), unit, number, BadRow("not an object", message))
 
@@ -434,7 +449,7 @@ def _read_parquet(path: Path, start: int) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_SIZE):
+            for batch in file.iter_batches(BATCH_SIZE):
                 skipped = min(batch.num_rows, max(0, start - number))
                 number += skipped
                 for columns in batch.slice(skipped).to_pylist():
@@ -442,50 +457,3 @@ def _read_parquet(path: Path, start: int) -> Iterator[Row]:
                     yield Row(columns, str(path), "row", number)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet after row {number:,}: {error}. Fetch it again.") from None
-
-
-def _saved(path: Path) -> Shard:
-    import datasets
-
-    return _table(datasets.load_from_disk(str(path)), str(path))
-
-
-def _hub(source: str, subset: str | None, split: str, streaming: bool) -> list[Shard]:
-    import datasets
-    import huggingface_hub
-
-    pinned = {}
-    try:
-        if streaming:
-            # A set that changes on the hub is another one to the checkpoints of a run.
-            pinned = {"streaming": True, "revision": huggingface_hub.dataset_info(source).sha}
-        rows = datasets.load_dataset(source, subset, split=split, **pinned)
-    except Exception as error:  # a dozen kinds, from the network, the hub and the data set itself
-        raise ValueError(
-            f"no file or folder {source} here, and the Hugging Face hub did not give a data set of that name "
-            f"(subset {subset or 'default'}, split {split}): {type(error).__name__}: {str(error).splitlines()[0][:300]}"
-        ) from None
-    if streaming:
-        name, num_shards = f"{source}@{str(pinned['revision'])[:8]} ({split})", rows.num_shards
-        return [_remote(rows.shard(num_shards, i), f"{name}, shard {i + 1}") for i in range(num_shards)]
-    return [_table(rows, f"{source} ({split})")]
-
-
-def _remote(stream: Any, source: str) -> Shard:
-    def read(start: int) -> Iterator[Row]:
-        for number, columns in enumerate(stream.skip(start) if start else stream, start=start + 1):
-            yield Row(columns, source, "row", number)
-
-    return Shard(source, [], read, lambda: sum(1 for _ in stream))
-
-
-def _table(table: Any, source: str) -> Shard:
-    def read(start: int) -> Iterator[Row]:
-        number = start
-        for batch in table.select(range(start, len(table))).iter(_BATCH_SIZE):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield Row(dict(zip(batch, values, strict=True)), source, "row", number)
-
-    files = [Path(file["filename"]) for file in table.cache_files]
-    return Shard(source, files, read, lambda: len(table), len(table))

@@ -181,6 +181,25 @@ def test_broken_json_far_into_a_file(tokenizer: tokenizers.Tokenizer, tmp_path: 
         load(str(path), tokenizer)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_half_a_character(name: str, tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    content = [{"prompt": "a", "completion": "\U0001f600"}, {"prompt": "a", "completion": "\ud83d"}]
+    path = tmp_path / name
+    path.write_text(json.dumps(content) if name == "rows.json" else "\n".join(map(json.dumps, content)))
+    with pytest.raises(rows.BadRow, match=r"(line|row) 2 of .*half of a character"):
+        load(str(path), tokenizer)
+    examples = load(str(path), tokenizer, on_error="skip")
+    assert examples.counts.skipped == {"not Unicode": 1}
+    assert len(examples) == 1
+
+
+def test_json_that_is_nested_too_deeply(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(rows.BadRow, match=r"rows\.jsonl, line 1: broken json: it is nested too deeply"):
+        load(str(path), tokenizer)
+
+
 def test_nothing_but_skipped_rows(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"question": "a"}] * 3)
     with pytest.raises(ValueError, match=r"none of the 3 rows .* 3 were skipped, the first: line 1 of .*no column"):
@@ -378,6 +397,12 @@ def test_what_others_put_there_is_not_deleted(tokenizer: tokenizers.Tokenizer, t
     with pytest.raises(ValueError, match=r"holds what kdtune did not write there: notes\.txt"):
         load(source, tokenizer, cache_dir=str(tmp_path / "cache"))
     assert len(list(cached(tmp_path).iterdir())) == 6
+
+
+def test_a_file_is_no_cache_dir(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", pairs(1))
+    with pytest.raises(NotADirectoryError, match=r"cache_dir .*rows\.jsonl is a file"):
+        load(source, tokenizer, cache_dir=source)
 
 
 def test_a_failure_leaves_nothing(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
