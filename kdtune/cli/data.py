@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         loaded = module.load_data(cfg, tokenizer)
     print(visible(said.getvalue(), keep="\n"), end="")  # it may quote rows
     view = look(loaded, tokenizer, call.options.start, num_rows, is_val=call.options.val)
-    source = getattr(getattr(cfg, view.title), "source", None)
+    source = (cfg.dataset_val if call.options.val else cfg.dataset).source
     view.title = f"{call.recipe.stem}: {view.title}" + (f", {source}" if source else "")
     if page is not None:
         from kdtune.cli import data_page

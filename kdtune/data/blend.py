@@ -18,8 +18,9 @@ class Blend:
     """Examples of several sources behind one another, and the order that mixes them.
 
     Draw k of a source of weight w has the time (k + 1/2) / w; draws come in the order of their times. So after any
-    number of draws each source has had its share of them, give or take one, and the order is a function of the seed
-    alone. Each source goes through all its examples, in a new order each time, before it repeats one.
+    number of draws each of s sources has had its share of them, give or take 1/2 + w s / 2, w being its share of all
+    (at any time a source has had its share but for 1/2, and all together for s / 2). The order is a function of the
+    seed alone. Each source goes through all its examples, in a new order each time, before it repeats one.
 
     Attributes:
         name: which data set this is, for messages.
@@ -122,9 +123,9 @@ class Blend:
 
     def num_draws(self, count: int) -> np.ndarray:
         """[s] int64, how many of the first `count` draws are of each source."""
-        # All whose time is at least half a draw of each source before `count` are among them, and what is missing then
-        # are the next ones.
-        draws = np.maximum(0, np.floor(count * self.weights - 0.5)).astype(np.int64)
+        # Before the time count - s/2 there are at most `count` draws; what is missing then are the next ones.
+        time = count - len(self.weights) / 2
+        draws = np.maximum(0, np.floor(time * self.weights + 0.5)).astype(np.int64)
         while draws.sum() < count:
             draws[np.argmin((draws + 0.5) / self.weights)] += 1
         return draws
@@ -132,10 +133,12 @@ class Blend:
     def _examples(self, source: int, draws: np.ndarray, seed: int | None) -> np.ndarray:
         size = int(self._sizes[source])
         found = draws % size
-        if seed is not None:
-            for turn in range(int(draws[0]) // size, int(draws[-1]) // size + 1) if len(draws) else ():
-                of_turn = draws // size == turn
-                found[of_turn] = np.random.default_rng([seed, source, turn]).permutation(size)[found[of_turn]]
+        if seed is None or not len(draws):
+            return found
+        first = int(draws[0])
+        for turn in range(first // size, int(draws[-1]) // size + 1):
+            of_turn = slice(max(0, turn * size - first), (turn + 1) * size - first)
+            found[of_turn] = np.random.default_rng([seed, source, turn]).permutation(size)[found[of_turn]]
         return found
 
     def summary(self) -> str:

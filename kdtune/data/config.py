@@ -16,7 +16,9 @@ class SourceConfig:
     name: str | None = None  # subset (configuration) of a hub data set; null: its default one
     column_map: dict[str, str] = setting({})  # the format's column -> the column in the rows, e.g. {output: answer}
     prompt_template: str | None = None  # instruct: text before the answer, with {columns}; null: Alpaca's
-    chat_template: str | None = None  # chat: chatml, gemma, llama2, ..., or a .jinja file; null: the tokenizer's own
+    chat_template: str | None = setting(
+        None, path=True
+    )  # chat: chatml, gemma, llama2, ..., or a .jinja file; null: the tokenizer's own
     train_on_input: bool = False  # label the prompt, or every turn of a chat, too
     train_on_last_turn: bool = False  # chat: label the assistant's last turn only
     separator: str | None = None  # text files: each part between two of these is a document; null: the whole file is

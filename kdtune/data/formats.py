@@ -112,7 +112,7 @@ def _encode_chat(row: Columns, cfg: SourceConfig, tokenizer: Tokenizer) -> Encod
     if column is None:
         column = "messages" if "messages" in row or "conversations" not in row else "conversations"
     messages = read_messages(_value(row, column, "messages"), column)
-    tools = row.get(cfg.column_map.get("tools", "tools"))
+    tools = _value(row, cfg.column_map["tools"], "tools") if "tools" in cfg.column_map else row.get("tools")
     labelled: Labelled = "all" if cfg.train_on_input else "last" if cfg.train_on_last_turn else "answers"
     return encode_turns(split_turns(messages, tools, tokenizer, labelled), tokenizer)
 

@@ -69,6 +69,11 @@ class Loader:
                 f"{examples.name}.group_by_length=true puts rows of similar length into a step, and shuffle=false "
                 "keeps them in the order in which they were read. Leave one of them out."
             )
+        if max_steps_per_epoch and isinstance(examples, Blend):
+            raise ValueError(
+                f"max_steps_per_epoch={max_steps_per_epoch} would leave out what an epoch of {examples.name}.sources "
+                "still has to draw, so that a source would skip rows. Leave it out; max_steps ends the run."
+            )
         self.examples = examples
         self._group_by_length = _groups(group_by_length, packed, examples.name) and shuffle
         self._batch_size = batch_size
@@ -150,9 +155,8 @@ class Loader:
         if not isinstance(self.examples, Blend):
             return {}
         draws = self.examples.num_draws(self.epoch * len(self.examples))
-        dealt = [self._rows[row] for row in range(self._position)]
-        of_source = self.examples.source_of(np.concatenate([*dealt, np.empty(0, np.int64)]))
-        draws = draws + np.bincount(of_source, minlength=len(draws))
+        dealt = self._rows.indices[: self._rows.starts[self._position]]
+        draws = draws + np.bincount(self.examples.source_of(dealt), minlength=len(draws))
         return {
             name: draw / len(source) for draw, (name, source) in zip(draws, self.examples.sources.items(), strict=True)
         }
@@ -183,6 +187,11 @@ class Loader:
             raise ValueError(
                 f"cannot continue in {self.examples.name}: the checkpoint is of a run with {self.examples.name}"
                 ".streaming=true, which saw rows in another order. Give it again, or start anew."
+            )
+        if "packed" not in state:
+            raise ValueError(
+                f"cannot continue in {self.examples.name}: the checkpoint is of an older kdtune, which dealt rows out "
+                "in another order. Finish that run with the version that began it, or start anew."
             )
         self.epoch, self._position = state["epoch"], state["position"]
         self._rows = self._plan(self.epoch)

@@ -160,7 +160,13 @@ def read(
     if path.exists():
         if subset is not None:
             raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")
+        if path.is_dir() and (path / "dataset_dict.json").is_file():
+            if not (path / (name or "train") / "state.json").is_file():
+                raise ValueError(f"{path} has no split {name or 'train'!r}. Name one of the folders in it.")
+            return Rows([tables.saved(path / (name or "train"))], bounds)
         if path.is_dir() and (path / "state.json").is_file():
+            if name not in (None, "train"):
+                raise ValueError(f"split={name}: {path} is one table and has no splits. Give the folder of that split.")
             return Rows([tables.saved(path)], bounds)
         return Rows([_file(file, separator, token_dtype, document_end_id) for file in _files(path, name)], bounds)
     if _HUB_NAME.fullmatch(source) and _kind(path) is None:

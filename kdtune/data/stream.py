@@ -14,6 +14,7 @@ import torch
 from kdtune.data import cache, rows
 from kdtune.data.batch import IGNORE, Batch, Example, collate, without_labels
 from kdtune.data.blend import Blend
+from kdtune.data.chats import with_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.encoding import RowEncoder
 from kdtune.data.examples import NUM_PLACES, Examples, Part, join
@@ -75,7 +76,7 @@ class Stream:
         self.rows = read_rows(cfg, tokenizer, streaming=True)
         self.shuffle_buffer = cfg.shuffle_buffer
         # The time of change does not count: a copy on another machine is the same set.
-        key = cache.key(cfg, self.rows, tokenizer, max_seq_len, vocab_size)
+        key = cache.key(cfg, self.rows, with_template(tokenizer, cfg), max_seq_len, vocab_size)
         key["files"] = [[name, size, digest] for name, size, _, digest in key["files"]]
         self.fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._num_told = 0

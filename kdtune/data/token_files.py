@@ -41,6 +41,9 @@ def encode(row: Mapping[str, Any], column_map: Mapping[str, str]) -> list[tuple[
             "so: column_map={tokens: <column>}."
         )
     tokens = _integers(row[column], column)
+    for name in ("labels", "mask"):
+        if name in column_map and column_map[name] not in row:
+            raise ValueError(f"no column {column_map[name]!r} for column_map's {name}; there are: {', '.join(row)}.")
     labels = row.get(column_map.get("labels", "labels"))
     mask = row.get(column_map.get("mask", "mask"))
     if labels is not None and mask is not None:
