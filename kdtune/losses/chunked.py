@@ -180,8 +180,16 @@ def _check(
             f"positions do not match: labels {list(labels.shape)}, hidden states {list(hidden.shape)}, teacher "
             f"{None if of_teacher is None else list(of_teacher.shape)}. Each position needs one of each."
         )
-    if targets is None and (balance or kd_weight != 0):
-        raise ValueError(f"kd_weight={kd_weight} and balance={balance} compare with a teacher, and there is none.")
+    if targets is None:
+        for name, value, default in (
+            ("kd_weight", kd_weight, 0),
+            ("balance", balance, False),
+            ("temperature", settings.temperature, 1),
+            ("teacher_share", teacher_share, 1),
+            ("label_margin", settings.label_margin, 0),
+        ):
+            if value != default:
+                raise ValueError(f"{name}={value} is about a teacher, and there is none.")
     if settings.with_metrics and not isinstance(targets, Targets):
         raise ValueError("Metrics compare with the teacher's whole distribution, which these targets do not have.")
     if isinstance(targets, TopKTargets):

@@ -162,12 +162,9 @@ def _dense_divergence(
     if settings.label_margin:
         _correct(log_p, labels, settings.label_margin)
 
-    values, slopes = settings.divergence(log_p, log_q)
-    value = _sum(values) * settings.kd_scale
+    value, slopes, pull = _weighted(*settings.divergence(log_p, log_q), kd_weight, settings)
     if not settings.with_grad:
         return _Term(value)
-    slopes = slopes * (kd_weight * (settings.kd_scale / settings.temperature))
-    pull = slopes.sum(-1, keepdim=True)
     if same:
         return _Term(value, pull, dense=slopes)
     return _Term(value, dense=slopes.addcmul_(log_q.exp_(), pull, value=-1))
@@ -204,11 +201,9 @@ def _sparse_divergence(
         values, slopes = (p * (log_p - top_log_q)).sum(-1), -p
     else:
         values, slopes = settings.divergence(log_p, top_log_q)
-    value = _sum(values) * settings.kd_scale
+    value, slopes, pull = _weighted(values, slopes, kd_weight, settings)
     if not settings.with_grad:
         return _Term(value)
-    slopes = slopes * (kd_weight * (settings.kd_scale / settings.temperature))
-    pull = slopes.sum(-1, keepdim=True)
     if settings.convention == "renormalised":
         return _Term(value, sparse=(ids, slopes - top_log_q.exp() * pull))
     if settings.convention == "bucket":
@@ -223,8 +218,12 @@ def _sparse_divergence(
     return _Term(value, pull, sparse=(ids, slopes))
 
 
-def _sum(values: Tensor) -> Tensor:
-    return values.masked_fill(values > _INFINITE, torch.inf).sum()
+def _weighted(values: Tensor, slopes: Tensor, kd_weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of all rows, [], its slopes as they weigh in the objective, [r, n], and their sums, [r, 1]."""
+    value = values.masked_fill(values > _INFINITE, torch.inf).sum() * settings.kd_scale
+    if settings.with_grad:
+        slopes = slopes * (kd_weight * (settings.kd_scale / settings.temperature))
+    return value, slopes, slopes.sum(-1, keepdim=True)
 
 
 def _correct(log_p: Tensor, labels: Tensor, margin: float) -> None:

@@ -326,7 +326,8 @@ def test_settings_out_of_range(changes, message):
 
 def test_without_a_teacher_nothing_can_be_compared():
     hidden, head, _, _, labels = make_problem()
-    for changes in ({"kd_weight": 0.1}, {"balance": True}, {"with_metrics": True}):
+    settings = {"kd_weight": 0.1, "balance": True, "temperature": 2.0, "teacher_share": 0.5, "label_margin": 0.1}
+    for changes in (*({name: value} for name, value in settings.items()), {"with_metrics": True}):
         with pytest.raises(ValueError, match="teacher"):
             distillation_loss(hidden, head, labels, 9, **changes)
 
