@@ -197,12 +197,13 @@ class Bin:
 
 
 def histogram(lengths: np.ndarray, max_seq_len: int, num_bins: int = 15) -> list[Bin]:
-    """Bins of one round width that hold all lengths, none of which is above `max_seq_len`."""
-    longest = int(lengths.max())
+    """Bins of one round width, the outer two cut to the smallest length and to `max_seq_len`, which none is above."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
     widths = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
-    width = next(width for width in widths if width * num_bins >= longest)
-    counts = np.bincount((lengths - 1) // width)
+    width = next(width for width in widths if (longest - 1) // width - (shortest - 1) // width < num_bins)
+    first = (shortest - 1) // width
+    counts = np.bincount((lengths - 1) // width - first)
     return [
-        Bin(i * width + 1, min((i + 1) * width, max(longest, max_seq_len)), count)
-        for i, count in enumerate(counts.tolist())
+        Bin(max(i * width + 1, shortest), min((i + 1) * width, max(longest, max_seq_len)), count)
+        for i, count in enumerate(counts.tolist(), start=first)
     ]

@@ -292,6 +292,7 @@ def test_rows_that_were_cut_are_counted_at_the_limit(tiny: Path, kdtune: Run) ->
     assert num_cut > 0
     assert f"-- max_seq_len 30: {num_cut} rows cut here --" in out
     assert re.search(r"^ *\d+ - 30 ", out, re.MULTILINE)
+    assert re.search(r"min (\d+), .*\n *\1 - ", out), "the first line of the histogram is of the smallest length"
 
 
 def test_rows_that_are_split_or_left_out(tiny: Path, kdtune: Run) -> None:
@@ -319,10 +320,14 @@ def test_rows_that_are_skipped(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
 
 def test_bins_hold_every_length_once() -> None:
     generator = np.random.default_rng(0)
-    for longest in (1, 2, 15, 16, 99, 384, 2048, 100_000):
-        lengths = generator.integers(1, longest + 1, 200)
+    for shortest, longest in itertools.product((1, 2, 10, 64, 99, 100), (1, 2, 15, 16, 64, 99, 384, 2048, 100_000)):
+        if shortest > longest:
+            continue
+        lengths = generator.integers(shortest, longest + 1, 200)
         bins = view.histogram(lengths, longest)
         assert len(bins) <= 15
+        assert bins[0].first == lengths.min()
+        assert bins[0].count
         for one in bins:
             assert one.count == ((lengths >= one.first) & (lengths <= one.last)).sum()
         assert sum(one.count for one in bins) == 200
