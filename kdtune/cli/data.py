@@ -130,24 +130,33 @@ def look(loaded: Any, tokenizer: Any, start: int, num_rows: int, *, is_val: bool
     num_steps = len(val_batches) if is_val else min(per_epoch or _STREAM_STEPS, loaded.num_steps)
     steps = ([batch] for batch in val_batches) if is_val else (loader.next_step() for _ in range(num_steps))
     bar = tqdm(steps, "batches", num_steps, unit=" steps", delay=2.0, leave=False, disable=None)
-    found = view.survey(bar, examples, tokenizer, start=start, num_rows=num_rows)
+    found = view.survey(bar, examples, tokenizer, start=start, num_rows=num_rows, is_val=is_val)
+    whole = "an epoch" if num_steps == per_epoch else "the run" if num_steps == loaded.num_steps else "the stream"
+    span = _count(num_steps, "batch", "batches") if is_val else f"{_count(num_steps, 'step')} of {whole}"
     if num_rows and start > found.num_rows:
-        raise ValueError(f"--start {start}: there are {found.num_rows:,} rows.")
+        raise ValueError(f"--start {start}: there are {_count(found.num_rows, 'row')} in {span}.")
 
     shortest, median, longest = _spread(examples.lengths)
     what = ("the first " if per_epoch is None and not is_val else "") + _count(len(examples), "example")
     return View(
         title=examples.name,
         rows=found.rows,
-        facts=_facts(examples, found, num_steps, None if is_val else (per_epoch, loaded.num_steps)),
+        facts=_facts(examples, found, span, None if is_val else (per_epoch, loaded.num_steps)),
         bins=view.histogram(examples.lengths, examples.max_seq_len),
         lengths=f"length of {what}: min {shortest:,}, median {median:,}, max {longest:,}",
         limit=f"max_seq_len {examples.max_seq_len:,}: {_limit(examples.counts)}",
     )
 
 
-def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int | None, int] | None) -> list[tuple[str, str]]:
-    """The numbers. `run`: steps of an epoch (None: a stream) and of the run; None for validation."""
+def _facts(examples: Any, found: Any, span: str, run: tuple[int | None, int] | None) -> list[tuple[str, str]]:
+    """The numbers.
+
+    Args:
+        examples: what was read.
+        found: the batches that were looked at.
+        span: which these are.
+        run: steps of an epoch (None: a stream) and of the run; None for validation.
+    """
     counts = examples.counts
     share = examples.num_labels / examples.num_tokens
     is_stream = run is not None and run[0] is None
@@ -157,17 +166,16 @@ def _facts(examples: Any, found: Any, num_steps: int, run: tuple[int | None, int
         facts.append(("skipped", f"{kinds}; the first: {counts.places[0]}"))
     facts.append(("tokens", f"{examples.num_tokens:,}; {share:.1%} with a label, {1 - share:.1%} ignored"))
     if run is None:
-        return [*facts, ("batches", _batches(found, _count(num_steps, "batch", "batches")))]
+        return [*facts, ("batches", _batches(found, span))]
     per_epoch, in_run = run
     steps = f"{in_run:,} in the run; how many an epoch would have is not known"
     if per_epoch is not None:
         epochs = f"{in_run / per_epoch:.2g}"
         steps = f"{per_epoch:,} per epoch, {in_run:,} in the run ({epochs} epoch{'s' * (epochs != '1')})"
     low, middle, high = _spread(found.labels_per_step)
-    whole = "an epoch" if num_steps == per_epoch else "the run" if num_steps == in_run else "the stream"
     return [
         *facts,
-        ("batches", _batches(found, f"{_count(num_steps, 'step')} of {whole}")),
+        ("batches", _batches(found, span)),
         ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
         ("steps", steps),
     ]

@@ -83,7 +83,7 @@ def _histogram(bins: "list[Bin]") -> str:
 
 
 def _row(row: "Row") -> str:
-    head = f"Row {row.number:,} <small>step {row.step:,}, micro-batch {row.micro_batch:,}</small>"
+    head = f"Row {row.number:,} <small>{_escape(row.place)}</small>"
     return (
         f"<article>\n<h3>{head}</h3>\n"
         + "\n".join(

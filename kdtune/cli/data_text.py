@@ -50,7 +50,7 @@ def _legend(marks: tuple[str, ...], colour: bool) -> str:
 
 
 def _row(row: "Row", marks: tuple[str, ...], colour: bool) -> Iterator[str]:
-    place = f"row {row.number:,} (step {row.step:,}, micro-batch {row.micro_batch:,})"
+    place = f"row {row.number:,} ({row.place})"
     if len(row.documents) > 1:
         yield f"{place}: {len(row.documents):,} documents, {sum(one.length for one in row.documents):,} tokens"
     for number, document in enumerate(row.documents, start=1):

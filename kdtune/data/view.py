@@ -57,8 +57,7 @@ class Row:
     """A row of a batch, without its padding, and where it stands, from 1."""
 
     number: int  # among all rows that are dealt out
-    step: int
-    micro_batch: int
+    place: str  # "step 1, micro-batch 1", or "batch 1" of a validation
     documents: list[Document]
 
 
@@ -75,9 +74,24 @@ class Survey:
 
 
 def survey(
-    steps: Iterable[Sequence[Batch]], examples: Examples | Blend, tokenizer: Tokenizer, *, start: int, num_rows: int
+    steps: Iterable[Sequence[Batch]],
+    examples: Examples | Blend,
+    tokenizer: Tokenizer,
+    *,
+    start: int,
+    num_rows: int,
+    is_val: bool,
 ) -> Survey:
-    """Goes through batches, and spells out the rows `start` to `start + num_rows - 1`, counted from 1."""
+    """Goes through batches, and spells out the rows `start` to `start + num_rows - 1`, counted from 1.
+
+    Args:
+        steps: micro-batches of each; of a validation, one batch each.
+        examples: what they were made of.
+        tokenizer: to spell the rows.
+        start: the first row to spell.
+        num_rows: how many.
+        is_val: the batches are those of a validation.
+    """
     found = Survey()
     known = frozenset(tokenizer.ids())
     for step, micro_batches in enumerate(steps, start=1):
@@ -88,7 +102,8 @@ def survey(
                 if start <= found.num_rows + i + 1 < start + num_rows:
                     cut = list(_cut(batch, documents, i))
                     shown = [_document(tokens, labels, examples, tokenizer, known) for tokens, labels in cut]
-                    found.rows.append(Row(found.num_rows + i + 1, step, number, shown))
+                    place = f"batch {step:,}" if is_val else f"step {step:,}, micro-batch {number:,}"
+                    found.rows.append(Row(found.num_rows + i + 1, place, shown))
             found.num_rows += len(documents)
             found.num_documents += int((documents.amax(1) + 1).sum())
             found.num_tokens += int((documents >= 0).sum())

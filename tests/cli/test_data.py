@@ -145,7 +145,9 @@ def test_validation_rows(tiny: Path, kdtune: Run) -> None:
     assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated; 3 examples"
     assert fact(out, "batches").startswith("3 rows in 2 batches; ")
     assert len(bodies(out)) == 3
-    assert "steps" not in out.replace("(step", "")
+    assert "step" not in out
+    places = re.findall(r"^row \d+ \((.*)\): ", out, re.MULTILINE)
+    assert places == ["batch 1", "batch 1", "batch 2"]
     assert "--val: these settings have no dataset_val" in kdtune(*argv(tiny, "--val"))[2]
 
 
@@ -154,7 +156,11 @@ def test_rows_and_start(tiny: Path, kdtune: Run) -> None:
     assert bodies(kdtune(*argv(tiny))[1]) == every[:3]
     assert bodies(kdtune(*argv(tiny, "--rows", "2", "--start", "9"))[1]) == every[8:10]
     assert bodies(kdtune(*argv(tiny, "--rows", "0", "--start", "99"))[1]) == []
-    assert "--start 11: there are 10 rows." in kdtune(*argv(tiny, "--start", "11"))[2]
+    assert "--start 11: there are 10 rows in 3 steps of an epoch." in kdtune(*argv(tiny, "--start", "11"))[2]
+    ended = kdtune(*argv(tiny, "--start", "9", "max_steps=2"))[2]
+    assert "--start 9: there are 8 rows in 2 steps of the run." in ended
+    validation = [*tiny_runs.validated_on(tiny), "--val"]
+    assert "--start 4: there are 3 rows in 2 batches." in kdtune(*argv(tiny, *validation, "--start", "4"))[2]
 
 
 def test_no_model_is_read(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_messages_hold_no_escape_sequences(kdtune: Run, shipped: Path) -> None:
 def test_a_stream_without_unicode(tiny: Path, kdtune: Run) -> None:
     token = view.Token
     document = view.Document([token("é\n", (1,), False, False), token("</s>", (2,), True, True)], 1, 1, "")
-    looked = command.View("t", [view.Row(1, 1, 1, [document])], [], [view.Bin(1, 10, 3)], "", "")
+    looked = command.View("t", [view.Row(1, "step 1", [document])], [], [view.Bin(1, 10, 3)], "", "")
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii", newline="\n")
     data_text.write(looked, stream)
@@ -441,7 +447,9 @@ def test_a_page_shows_packed_documents(tiny: Path, kdtune: Run, tmp_path: Path) 
 
 def test_titles_and_places_are_escaped() -> None:
     document = view.Document([view.Token("a", (1,), False, False)], 1, 0, "<b>")
-    looked = command.View("<i>", [view.Row(1, 1, 1, [document])], [("<u>", "<s>")], [view.Bin(1, 2, 1)], "<p>", "<q>")
+    looked = command.View(
+        "<i>", [view.Row(1, "step 1", [document])], [("<u>", "<s>")], [view.Bin(1, 2, 1)], "<p>", "<q>"
+    )
     text = data_page.render(looked)
     for tag in ("<b>", "<i>", "<u>", "<s>", "<q>"):
         assert tag not in text
