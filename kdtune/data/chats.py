@@ -204,23 +204,27 @@ def check_stop(tokenizer: Tokenizer) -> int | None:
     return None
 
 
-def trained_template(tokenizer: Tokenizer, *datasets: DatasetConfig | None) -> ChatTemplate | None:
+def trained_template(
+    tokenizer: Tokenizer, dataset: DatasetConfig, dataset_val: DatasetConfig | None = None
+) -> ChatTemplate | None:
     """What the folder of the finished model has to carry, so that it is asked as it was trained; None: what it has.
 
     Raises:
         ValueError: data sets name different templates.
     """
-    sources = [source for cfg in datasets if cfg is not None for source in (cfg.sources.values() or [cfg])]
-    named = {source.chat_template or "" for source in sources if source.format == "chat"}
-    if len(named) > 1:
-        found = " and ".join(sorted(name or "null" for name in named))
-        raise ValueError(
-            f"chat_template is {found} in different data sets, but a model has one. Name the same in each: "
-            "dataset_val.chat_template='${dataset.chat_template}'."
-        )
-    if not named - {""}:
+    sections: dict[str, SourceConfig] = {}
+    for name, cfg in (("dataset", dataset), ("dataset_val", dataset_val)):
+        if cfg is not None:
+            sources = {f"{name}.sources.{label}": source for label, source in cfg.sources.items()}
+            sections.update(sources or {name: cfg})
+    named = {name: source.chat_template for name, source in sections.items() if source.format == "chat"}
+    if len(set(named.values())) > 1:
+        found = ", ".join(f"{name}.chat_template={template or 'null'}" for name, template in named.items())
+        raise ValueError(f"{found}: but a model has one template. Name the same in each.")
+    template = next(iter(named.values()), None)
+    if template is None:
         return None
-    tokenizer = tokenizer.with_chat_template(named.pop())
+    tokenizer = tokenizer.with_chat_template(template)
     return ChatTemplate(tokenizer.chat_templates["default"], check_stop(tokenizer))
 
 
@@ -290,4 +294,4 @@ def _shared_length(a: str, b: str) -> int:
 
 
 def _says_something(message: Message) -> bool:
-    return bool(message.get("content") or message.get("tool_calls"))
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))

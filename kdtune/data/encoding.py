@@ -37,7 +37,10 @@ class RowEncoder:
             ValueError: settings that do not fit the format, or a tokenizer that lacks what the format needs.
         """
         self._arguments = (cfg, tokenizer, max_seq_len, name, vocab_size)
-        self._encode = row_encoder(cfg, tokenizer)
+        try:
+            self._encode = row_encoder(cfg, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         self._name = name
         self._on_error = cfg.on_error
         self._is_text = cfg.format in _DOCUMENTS

@@ -34,6 +34,16 @@ _COLUMNS = {
     "text": ("text",),
     "tokens": ("tokens", "labels", "mask"),
 }
+# By which a format is recognised.
+_NEEDED = (
+    ("instruct", ("instruction", "output")),
+    ("chat", ("messages",)),
+    ("chat", ("conversations",)),
+    ("completion", ("prompt", "completion")),
+    ("text", ("text",)),
+    ("tokens", ("tokens",)),
+    ("tokens", ("input_ids",)),
+)
 
 
 def row_encoder(cfg: SourceConfig, tokenizer: Tokenizer) -> Callable[[Columns], Encoded]:
@@ -91,7 +101,7 @@ def row_encoder(cfg: SourceConfig, tokenizer: Tokenizer) -> Callable[[Columns], 
 
 
 def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Tokenizer, eos_id: int) -> Encoded:
-    if not answer:
+    if not answer.strip():
         return []
     # The prompt is encoded by itself, as it will be when the model is asked: no token reaches into the answer.
     prompt_ids = tokenizer.encode(prompt)
@@ -112,7 +122,10 @@ def _encode_chat(row: Columns, cfg: SourceConfig, tokenizer: Tokenizer) -> Encod
     if column is None:
         column = "messages" if "messages" in row or "conversations" not in row else "conversations"
     messages = read_messages(_value(row, column, "messages"), column)
-    tools = _value(row, cfg.column_map["tools"], "tools") if "tools" in cfg.column_map else row.get("tools")
+    tools_column = cfg.column_map.get("tools", "tools")
+    if "tools" in cfg.column_map and tools_column not in row:
+        _value(row, tools_column, "tools")  # raises; rows may go without tools, not under a name that was given
+    tools = row.get(tools_column)
     labelled: Labelled = "all" if cfg.train_on_input else "last" if cfg.train_on_last_turn else "answers"
     return encode_turns(split_turns(messages, tools, tokenizer, labelled), tokenizer)
 
@@ -152,19 +165,24 @@ def _text(row: Columns, name: str, cfg: SourceConfig) -> str:
 
 def _string(row: Columns, column: str, name: str) -> str:
     value = _value(row, column, name)
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
         raise BadRow("wrong type", f"column {column!r} is a {type(value).__name__}, expected text.")
     return value
 
 
+def _looks_like(row: Columns) -> str:
+    """The format that has these columns, if there is one."""
+    return next((f" They look like format={name}." for name, needed in _NEEDED if set(needed) <= row.keys()), "")
+
+
 def _value(row: Columns, column: str, name: str) -> Any:
     if column not in row:
         raise BadRow(
             "missing column",
-            f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, "
-            f"say so: column_map={{{name}: <column>}}.",
+            f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}.{_looks_like(row)} If another "
+            f"one is meant, say so: column_map={{{name}: <column>}}.",
         )
     if row[column] is None:
         raise BadRow("null", f"column {column!r} is null, expected a value.")

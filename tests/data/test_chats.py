@@ -13,6 +13,7 @@ import tokenizer_folders as folders
 from kdtune import checkpoint, data, tokenizers
 from kdtune.data import DatasetConfig
 from kdtune.data.chats import check_stop, encode_turns, read_messages, split_turns, trained_template
+from kdtune.data.config import WeightedSourceConfig
 from kdtune.data.formats import row_encoder
 from kdtune.tokenizers import chat
 
@@ -338,5 +339,14 @@ def test_a_model_has_one_template(tokenizer: tokenizers.Tokenizer) -> None:
     assert trained_template(tokenizer, own, own) is None
     assert trained_template(tokenizer, DatasetConfig(source=""), None) is None
     for pair in ((llama3, chatml), (llama3, own), (own, chatml)):
-        with pytest.raises(ValueError, match=r"in different data sets, but a model has one.*dataset_val.chat_template"):
+        with pytest.raises(
+            ValueError, match=r"dataset\.chat_template=.*, dataset_val\.chat_template=.*: but a model"
+        ):
             trained_template(tokenizer, *pair)
+    chats = WeightedSourceConfig("", "chat", chat_template="llama3")
+    blend = DatasetConfig(sources={"math": WeightedSourceConfig(""), "chats": chats})
+    assert trained_template(tokenizer, blend, llama3) is not None
+    with pytest.raises(
+        ValueError, match=r"^dataset\.sources\.chats\.chat_template=llama3, dataset_val"
+    ):
+        trained_template(tokenizer, blend, own)

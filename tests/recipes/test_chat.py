@@ -50,5 +50,5 @@ def test_the_finished_model_is_asked_as_it_was_trained(
 
     with pytest.raises(SystemExit):
         recipe(tiny, tmp_path / "other", *data, f"dataset.chat_template={given}")
-    assert "in different data sets, but a model has one" in capsys.readouterr().err
+    assert "dataset_val.chat_template=null: but a model has one template" in capsys.readouterr().err
     assert tiny_runs.lines(run)
