@@ -173,9 +173,10 @@ def _facts(examples: Any, found: Any, span: str, run: tuple[int | None, int] | N
         epochs = f"{in_run / per_epoch:.2g}"
         steps = f"{per_epoch:,} per epoch, {in_run:,} in the run ({epochs} epoch{'s' * (epochs != '1')})"
     low, middle, high = _spread(found.labels_per_step)
+    other = " (kdtune run tells that of a whole epoch)"
     return [
         *facts,
-        ("batches", _batches(found, span)),
+        ("batches", _batches(found, span) + other * (per_epoch is not None and in_run < per_epoch)),
         ("labels per step", f"min {low:,}, median {middle:,}, max {high:,}"),
         ("steps", steps),
     ]
@@ -195,12 +196,14 @@ def _limit(counts: Any) -> str:
     return ", ".join(f"{_count(number, 'row')} {fate}" for number, fate in fates if number) or "no row is cut"
 
 
-def _batches(found: Any, where: str) -> str:
-    rows = _count(found.num_rows, "row")
+def _batches(found: Any, span: str) -> str:
+    """How full they are. `kdtune run` tells it of a whole epoch, and of packed rows as a part of max_seq_len."""
+    rows, up_to = _count(found.num_rows, "row"), ""
     if found.num_documents != found.num_rows:
         rows += f" of {_count(found.num_documents, 'document')}"
+        up_to = " up to the longest row of each micro-batch"
     fill = found.num_tokens / found.num_positions
-    return f"{rows} in {where}; {fill:.1%} filled, {1 - fill:.1%} padding"
+    return f"{rows} in {span}; these are {fill:.1%} filled{up_to}, {1 - fill:.1%} padding"
 
 
 def _spread(values: Any) -> tuple[int, int, int]:

@@ -123,7 +123,16 @@ def test_padding(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     )
     _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
     fill = (short + long) / (2 * long)
-    assert fact(out, "batches") == f"2 rows in 1 step of an epoch; {fill:.1%} filled, {1 - fill:.1%} padding"
+    assert fact(out, "batches") == f"2 rows in 1 step of an epoch; these are {fill:.1%} filled, {1 - fill:.1%} padding"
+
+
+def test_padding_says_of_which_steps_it_is(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    told = kdtune("run", *argv(tiny)[1:], f"output_dir={tmp_path}", "--dry-run")[1]
+    (padding,) = re.findall(r"(\S+% padding)", told)
+    of_epoch = fact(kdtune(*argv(tiny))[1], "batches")
+    assert re.search(rf"in 3 steps of an epoch; these are .*% filled, {padding}$", of_epoch)
+    ended = fact(kdtune(*argv(tiny, "max_steps=2"))[1], "batches")
+    assert re.search(r"in 2 steps of the run; these are .* padding \(kdtune run tells that of a whole epoch\)$", ended)
 
 
 def test_packed_rows_show_their_documents(tiny: Path, kdtune: Run) -> None:
@@ -135,7 +144,8 @@ def test_packed_rows_show_their_documents(tiny: Path, kdtune: Run) -> None:
         r"^row 1 \(step 1, micro-batch 1\): [2-9] documents, \d+ tokens\n-- document 1: ", out, re.MULTILINE
     )
     assert "-- document 2: " in out
-    assert re.match(r"\d rows of 10 documents in ", fact(out, "batches"))
+    batches = fact(out, "batches")
+    assert re.match(r"\d rows of 10 documents in .* filled up to the longest row of each micro-batch, ", batches)
 
 
 def test_validation_rows(tiny: Path, kdtune: Run) -> None:
