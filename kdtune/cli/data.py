@@ -56,18 +56,22 @@ def main(argv: Sequence[str]) -> None:
     module = recipe.load_module(call.recipe)
     _check_reads_data(module, call)
     cfg = recipe.settings(module, call)
-    if call.options.val and cfg.dataset_val is None:
+    dataset_val: Any = getattr(cfg, "dataset_val", None)
+    if call.options.val and dataset_val is None:
         raise ValueError("--val: these settings have no dataset_val, so that a run would not validate.")
     warnings.formatwarning = lambda message, *_: f"warning: {visible(str(message))}\n"
 
+    from kdtune import data
+
     num_rows = call.options.rows if call.options.rows is not None else 20 if page else 3
     tokenizer = module.load_tokenizer(cfg)
+    data.trained_template(tokenizer, cfg.dataset, dataset_val)  # a run refuses templates that differ, too
     with contextlib.redirect_stdout(io.StringIO()) as said:
         loaded = module.load_data(cfg, tokenizer)
     print(visible(said.getvalue(), keep="\n"), end="")  # it may quote rows
     view = look(loaded, tokenizer, call.options.start, num_rows, is_val=call.options.val)
-    source = (cfg.dataset_val if call.options.val else cfg.dataset).source
-    view.title = f"{call.recipe.stem}: {view.title}" + (f", {source}" if source else "")
+    section = dataset_val if call.options.val else cfg.dataset
+    view.title = f"{call.recipe.stem}: {view.title}" + (f", {section.source}" if section.source else "")
     if page is not None:
         from kdtune.cli import data_page
 

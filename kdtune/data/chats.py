@@ -215,7 +215,9 @@ def trained_template(
     sections: dict[str, SourceConfig] = {}
     for name, cfg in (("dataset", dataset), ("dataset_val", dataset_val)):
         if cfg is not None:
-            sources = {f"{name}.sources.{label}": source for label, source in cfg.sources.items()}
+            sources: dict[str, SourceConfig] = {
+                f"{name}.sources.{label}": source for label, source in cfg.sources.items()
+            }
             sections.update(sources or {name: cfg})
     named = {name: source.chat_template for name, source in sections.items() if source.format == "chat"}
     if len(set(named.values())) > 1:

@@ -114,6 +114,18 @@ def test_a_stream_is_looked_at_as_far_as_it_is_read(tiny: Path, kdtune: Run, mon
     assert facts["first rows"].startswith("10 read")
 
 
+def test_a_stream_of_a_real_loader(kdtune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stream = ["dataset.streaming=true", "dataset.split=null", "dataset.shuffle_buffer=5"]
+    status, out, err = kdtune("data", "finetune", "--config", "tiny", *stream, "--rows", "2")
+    assert (status, err) == (0, "")
+    assert fact(out, "first rows").startswith("256 read, ")
+    assert fact(out, "batches").startswith("16 rows in 4 steps of the run; ")
+    assert fact(out, "steps") == "4 in the run; how many an epoch would have is not known"
+    assert "length of the first 256 examples: " in out
+    assert len(bodies(out)) == 2
+
+
 def test_padding(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     # The prompts have no label and two lengths, so that one row of each two is padded by their difference.
     source = rows_file(tmp_path / "two.jsonl", ("a", "b"), ("a a a a a", "b"))
@@ -201,6 +213,18 @@ def test_mistakes(more: list[str], words: str, tiny: Path, kdtune: Run) -> None:
     assert (status, out) == (2, "")
     assert words in err
     assert len(err.splitlines()) == 1
+
+
+def test_templates_that_differ_are_refused_as_by_a_run(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    source = tmp_path / "chats.jsonl"
+    source.write_text(json.dumps({"messages": turns}) + "\n")
+    settings = [f"{name}.{key}" for name in ("dataset", "dataset_val") for key in (f"source={source}", "format=chat")]
+    differing = argv(tiny, *settings, "dataset.chat_template=chatml", "dataset_val.chat_template=llama3")
+    refused = kdtune(*differing)
+    assert refused[:2] == (2, "")
+    assert "but a model has one" in refused[2]
+    assert refused == kdtune("run", *differing[1:], "--dry-run")
 
 
 def test_recipes_that_read_no_data(kdtune: Run, shipped: Path) -> None:

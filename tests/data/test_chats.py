@@ -339,14 +339,10 @@ def test_a_model_has_one_template(tokenizer: tokenizers.Tokenizer) -> None:
     assert trained_template(tokenizer, own, own) is None
     assert trained_template(tokenizer, DatasetConfig(source=""), None) is None
     for pair in ((llama3, chatml), (llama3, own), (own, chatml)):
-        with pytest.raises(
-            ValueError, match=r"dataset\.chat_template=.*, dataset_val\.chat_template=.*: but a model"
-        ):
+        with pytest.raises(ValueError, match=r"dataset\.chat_template=.*, dataset_val\.chat_template=.*: but a model"):
             trained_template(tokenizer, *pair)
     chats = WeightedSourceConfig("", "chat", chat_template="llama3")
     blend = DatasetConfig(sources={"math": WeightedSourceConfig(""), "chats": chats})
     assert trained_template(tokenizer, blend, llama3) is not None
-    with pytest.raises(
-        ValueError, match=r"^dataset\.sources\.chats\.chat_template=llama3, dataset_val"
-    ):
+    with pytest.raises(ValueError, match=r"^dataset\.sources\.chats\.chat_template=llama3, dataset_val"):
         trained_template(tokenizer, blend, own)
