@@ -11,8 +11,8 @@ from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
 from kdtune.data.loader import Loader, batches, val_batches
 from kdtune.data.prepare import load
+from kdtune.data.run import RunData
 from kdtune.data.stream import Stream, StreamLoader, load_or_stream, make_loader
-from kdtune.data.view import RunData
 
 __all__ = [
     "IGNORE",

@@ -1,4 +1,4 @@
-"""What a run reads, and a look at it: rows token by token, and the numbers of an epoch."""
+"""A look at what a run reads: rows token by token, and the numbers of an epoch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,7 @@ from torch import Tensor
 from kdtune.data.batch import IGNORE, Batch, count_labels
 from kdtune.data.blend import Blend
 from kdtune.data.examples import Examples, example_ids
-from kdtune.data.loader import Loader
-from kdtune.data.stream import StreamLoader
 from kdtune.tokenizers import Tokenizer
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run reads, as a recipe's `load_data` makes it."""
-
-    loader: Loader | StreamLoader
-    num_steps: int  # optimizer steps of the whole run
-    examples_val: Examples | Blend | None
-    val_batches: dict[str, list[Batch]]  # of each source; empty without validation
-
-    def summary(self) -> str:
-        """One line: how much there is to train on, and to validate on."""
-        validation = f"; validation: {self.examples_val.summary()}" if self.examples_val else ""
-        return f"{self.loader.examples.summary()}, {self.loader.summary()}{validation}"
 
 
 @dataclass(frozen=True)
