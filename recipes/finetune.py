@@ -166,6 +166,7 @@ def main(cfg: Config) -> None:
     logger.close()
     print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
     print(f"The model is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 

@@ -193,6 +193,7 @@ def main(cfg: Config) -> None:
     sampled = {"teacher": teacher.model, "student": student}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
     print(f"The student is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 

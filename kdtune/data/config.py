@@ -47,3 +47,8 @@ class DatasetConfig(SourceConfig):
     group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed
     streaming: bool = False  # tokenise rows as training asks for them, for max_steps steps; false: all before the run
     shuffle_buffer: int = setting(10_000, gt=0)  # streaming: examples among which the next one is chosen at random
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether it or one of its sources is of chats, so that the model is asked with their template."""
+        return any(source.format == "chat" for source in (self.sources.values() or [self]))

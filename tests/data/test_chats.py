@@ -343,6 +343,7 @@ def test_a_model_has_one_template(tokenizer: tokenizers.Tokenizer) -> None:
             trained_template(tokenizer, *pair)
     chats = WeightedSourceConfig("", "chat", chat_template="llama3")
     blend = DatasetConfig(sources={"math": WeightedSourceConfig(""), "chats": chats})
+    assert [section.has_chats for section in (llama3, blend, DatasetConfig(source=""))] == [True, True, False]
     assert trained_template(tokenizer, blend, llama3) is not None
     with pytest.raises(ValueError, match=r"^dataset\.sources\.chats\.chat_template=llama3, dataset_val"):
         trained_template(tokenizer, blend, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def test_the_finished_model_is_asked_as_it_was_trained(
     model = tokenizers.load(run / "model")
     assert model.chat_templates == {"default": template}
     assert model.eos_id in model.eos_ids
-    capsys.readouterr()
-    asked = ["chat=true", "prompt=Hi", "max_new_tokens=4", "device=cpu", "dtype=fp32"]
-    main(["run", "generate", f"checkpointer.checkpoint_dir={run / 'model'}", *asked])
-    assert "--- Hi" in capsys.readouterr().out
+    _, hint = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    command = shlex.split(hint)
+    assert command[:3] == ["kdtune", "run", "generate"]
+    assert command[-2:] == ["chat=true", "prompt=Hello"]
+    main([*command[1:], "max_new_tokens=4"])
+    assert "--- Hello" in capsys.readouterr().out
 
     with pytest.raises(SystemExit):
         recipe(tiny, tmp_path / "other", *data, f"dataset.chat_template={given}")
