@@ -14,7 +14,7 @@ With checkpointer.random_weights=true it trains a model of the shape in config.j
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,7 @@ def main(cfg: Config) -> None:
     inputs = check(cfg)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    model = checkpoint.load_start(
-        cfg.checkpointer, inputs.resume_from, dtype=inputs.dtype, device=inputs.device, seed=cfg.seed
-    )
-    if cfg.enable_activation_checkpointing:
-        models.enable_activation_checkpointing(model)
-
-    optimizer = optim.build_optimizer(model, cfg.optimizer)
+    model, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
     def write_model(folder: Path, dtype: torch.dtype | None = None) -> None:
         companions = inputs.companions
@@ -111,15 +105,8 @@ def main(cfg: Config) -> None:
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
             num_tokens = data.count_labels(micro_batches)
-            loss_sum = torch.zeros((), device=inputs.device)
-
-            for batch in micro_batches:
-                batch = batch.to(inputs.device)
-                hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-                loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
-                loss.total.backward()
-                loss_sum += loss.total.detach()
-
+            optim.set_lr(optimizer, inputs.lr_schedule(step))
+            loss_sum = forward_backward(cfg, model, micro_batches, num_tokens)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
@@ -140,7 +127,6 @@ def main(cfg: Config) -> None:
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
 
-            optim.set_lr(optimizer, inputs.lr_schedule(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
@@ -171,12 +157,42 @@ def main(cfg: Config) -> None:
     print(f"The model is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
+def build(
+    cfg: Config, device: torch.device, resume_from: Path | None = None
+) -> tuple[models.Decoder, torch.optim.Optimizer]:
+    """Model and optimizer, in the order in which they are changed into what is trained."""
+    dtype = devices.DTYPES[cfg.dtype]
+    model = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
+    if cfg.enable_activation_checkpointing:
+        models.enable_activation_checkpointing(model)
+    return model, optim.build_optimizer(model, cfg.optimizer)
+
+
+def forward_backward(
+    cfg: Config, model: models.Decoder, micro_batches: Sequence[data.Batch], num_tokens: int
+) -> Tensor:
+    """Gradients of one optimizer step, and its loss.
+
+    Args:
+        micro_batches: all of the step, on the host.
+        num_tokens: labels of all of them.
+    """
+    device = model.head.weight.device
+    loss_sum = torch.zeros((), device=device)
+    for batch in micro_batches:
+        batch = batch.to(device)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+        loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
+        loss.total.backward()
+        loss_sum += loss.total.detach()
+    return loss_sum
+
+
 @dataclass
 class Inputs:
     """What is known before a weight is read."""
 
     device: torch.device
-    dtype: torch.dtype
     model_config: dict[str, Any]  # the model's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
@@ -243,7 +259,6 @@ def check(cfg: Config) -> Inputs:
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
     return Inputs(
         device=run_device,
-        dtype=dtype,
         model_config=model_config,
         tokenizer=tokenizer,
         companions=companions,

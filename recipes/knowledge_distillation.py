@@ -22,7 +22,7 @@ Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", a
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,7 @@ def main(cfg: Config) -> None:
     inputs = check(cfg)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    teacher = LiveTeacher(
-        checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=inputs.dtype, device=inputs.device)
-    )
-    student = checkpoint.load_start(
-        cfg.checkpointer, inputs.resume_from, dtype=inputs.dtype, device=inputs.device, seed=cfg.seed
-    )
-    if cfg.enable_activation_checkpointing:
-        models.enable_activation_checkpointing(student)
-
-    optimizer = optim.build_optimizer(student, cfg.optimizer)
+    student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
     def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
         companions = inputs.companions
@@ -128,17 +119,8 @@ def main(cfg: Config) -> None:
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
             num_tokens = data.count_labels(micro_batches)
-            sums = torch.zeros(4, device=inputs.device)
-
-            for batch in micro_batches:
-                batch = batch.to(inputs.device)
-                # The teacher goes first: its activations are gone before the student's are kept for the backward.
-                targets = teacher(batch)
-                hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-                loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, step / inputs.num_steps)
-                loss.total.backward()
-                sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
-
+            optim.set_lr(optimizer, inputs.lr_schedule(step))
+            sums = forward_backward(cfg, student, teacher, micro_batches, num_tokens, step / inputs.num_steps)
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
@@ -163,7 +145,6 @@ def main(cfg: Config) -> None:
                 shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
                 bar.set_postfix_str(shown.format(**values), refresh=False)
 
-            optim.set_lr(optimizer, inputs.lr_schedule(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
@@ -198,12 +179,51 @@ def main(cfg: Config) -> None:
     print(f"The student is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
+def build(
+    cfg: Config, device: torch.device, resume_from: Path | None = None
+) -> tuple[models.Decoder, LiveTeacher, torch.optim.Optimizer]:
+    """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
+    dtype = devices.DTYPES[cfg.dtype]
+    teacher = LiveTeacher(checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=dtype, device=device))
+    student = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
+    if cfg.enable_activation_checkpointing:
+        models.enable_activation_checkpointing(student)
+    return student, teacher, optim.build_optimizer(student, cfg.optimizer)
+
+
+def forward_backward(
+    cfg: Config,
+    student: models.Decoder,
+    teacher: LiveTeacher,
+    micro_batches: Sequence[data.Batch],
+    num_tokens: int,
+    progress: float,
+) -> Tensor:
+    """Gradients of one optimizer step, and what is logged of it: total, ce, kd and balanced kd, [4].
+
+    Args:
+        micro_batches: all of the step, on the host.
+        num_tokens: labels of all of them.
+        progress: share of the run that is done, 0 to 1.
+    """
+    device = student.head.weight.device
+    sums = torch.zeros(4, device=device)
+    for batch in micro_batches:
+        batch = batch.to(device)
+        # The teacher goes first: its activations are gone before the student's are kept for the backward.
+        targets = teacher(batch)
+        hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+        loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, progress)
+        loss.total.backward()
+        sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
+    return sums
+
+
 @dataclass
 class Inputs:
     """What is known before a weight is read."""
 
     device: torch.device
-    dtype: torch.dtype
     student_config: dict[str, Any]  # the student's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
@@ -276,7 +296,6 @@ def check(cfg: Config) -> Inputs:
     print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
     return Inputs(
         device=run_device,
-        dtype=dtype,
         student_config=student_config,
         tokenizer=tokenizer,
         companions=companions,
