@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdtune.documents import Documents
 from kdtune.models import Decoder, KVCache
 from kdtune.tokenizers import Tokenizer
 
@@ -63,7 +64,7 @@ def generate(
     # Marking the padding costs the fast causal attention, and only dynamic rope looks at the length of a row.
     documents = None
     if model.config.rope.type == "dynamic":
-        documents = torch.where(torch.arange(longest, device=weight.device) < lengths[:, None], 0, -1)
+        documents = Documents.in_rows([len(prompt)] for prompt in prompts).to(weight.device)
     hidden = model.hidden(tokens, documents=documents, cache=cache)  # [b, s, d]
     hidden = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]  # [b, d], the last of each prompt
 

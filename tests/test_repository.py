@@ -34,12 +34,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("reci
 MAY_IMPORT = {
     "config": set[str](),
     "losses": {"config"},
-    "models": {"config"},
+    "documents": set[str](),
+    "models": {"config", "documents"},
     "tokenizers": {"config"},
-    "data": {"config", "tokenizers"},
+    "data": {"config", "documents", "tokenizers"},
     "teacher": {"config", "data", "models", "losses"},
     "checkpoint": {"config", "models", "tokenizers"},
-    "generation": {"config", "models", "tokenizers"},
+    "generation": {"config", "documents", "models", "tokenizers"},
     "cli": {"cli", "config", "data"},
 }
 

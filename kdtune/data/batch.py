@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdtune.documents import Documents
+
 IGNORE = -100  # the label of positions that are not scored
 
 
@@ -19,17 +21,17 @@ class Batch:
         tokens: [b, s] int64, padded on the right.
         labels: [b, s] int64, already shifted: the token that follows, or IGNORE (prompt, padding).
         positions: [b, s] int64, from 0 in each document.
-        documents: [b, s] int64, which document a token is of; -1 is padding. None: each row is one document.
+        documents: where those of packed rows begin and end. None: each row is one document.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
-    documents: Tensor | None = None
+    documents: Documents | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies do not wait for the device where the host memory is pinned."""
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        documents = None if self.documents is None else self.documents.to(device)
         tokens, labels, positions = (
             tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels, self.positions)
         )
@@ -62,10 +64,9 @@ def collate(rows: Sequence[Example], pad_id: int = 0) -> Batch:
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
-    """Rows of several documents, each of which is to see itself alone.
+    """Rows of several documents, each of which is to see itself alone, padded on the right to the longest row.
 
-    Labels are those that each document has alone, so that none is of its neighbour. In `documents` they are counted
-    from 0 in each row; padding on the right, to the longest row, is -1.
+    Labels are those that each document has alone, so that none is of its neighbour.
 
     Args:
         rows: of each the documents, one after the other.
@@ -75,10 +76,8 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
         _pad([torch.cat([document[part] for document in row]) for row in rows], fill)
         for part, fill in ((0, pad_id), (1, IGNORE))
     )
-    lengths = [torch.tensor([len(document[0]) for document in row]) for row in rows]
-    positions = _pad([torch.cat([torch.arange(int(length)) for length in row]) for row in lengths], 0)
-    documents = _pad([torch.arange(len(row)).repeat_interleave(row) for row in lengths], -1)
-    return Batch(tokens, labels, positions, documents)
+    documents = Documents.in_rows([len(tokens) for tokens, _ in row] for row in rows)
+    return Batch(tokens, labels, documents.positions(), documents)
 
 
 def without_labels(packed: bool) -> Batch:

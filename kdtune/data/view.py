@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kdtune.data.batch import IGNORE, Batch, count_labels
@@ -81,33 +82,27 @@ def survey(
         found.labels_per_step.append(count_labels(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             documents = _documents(batch)
-            for i in range(len(documents)):
+            for i, lengths in enumerate(documents):
                 if start <= found.num_rows + i + 1 < start + num_rows:
-                    cut = list(_cut(batch, documents, i))
+                    cut = zip(
+                        *(part[i, : sum(lengths)].split(lengths) for part in (batch.tokens, batch.labels)), strict=True
+                    )
                     shown = [_document(tokens, labels, examples, tokenizer, known) for tokens, labels in cut]
                     place = f"batch {step:,}" if is_val else f"step {step:,}, micro-batch {number:,}"
                     found.rows.append(Row(found.num_rows + i + 1, place, shown))
             found.num_rows += len(documents)
-            found.num_documents += int((documents.amax(1) + 1).sum())
-            found.num_tokens += int((documents >= 0).sum())
-            found.num_positions += documents.numel()
+            found.num_documents += sum(map(len, documents))
+            found.num_tokens += sum(map(sum, documents))
+            found.num_positions += batch.tokens.numel()
     return found
 
 
-def _documents(batch: Batch) -> Tensor:
-    """[b, s]: which document a position is of, -1 for padding. A row that is not packed ends with its last label."""
+def _documents(batch: Batch) -> list[list[int]]:
+    """Tokens of each document, row by row. A row that is not packed ends with its last label."""
     if batch.documents is not None:
-        return batch.documents
-    is_label = batch.labels != IGNORE
-    is_used = is_label.flip(1).cumsum(1).flip(1) > 0  # a label is here or further on
-    return is_used.long() - 1
-
-
-def _cut(batch: Batch, documents: Tensor, i: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens [s] and labels [s] of each document of row i."""
-    for document in range(int(documents[i].max()) + 1):
-        inside = documents[i] == document
-        yield batch.tokens[i][inside], batch.labels[i][inside]
+        return batch.documents.rows
+    ends = (batch.labels != IGNORE) * torch.arange(1, batch.labels.size(1) + 1)  # [b, s]
+    return [[length] if length else [] for length in ends.amax(1).tolist()]
 
 
 def _document(

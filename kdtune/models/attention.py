@@ -3,82 +3,72 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdtune.documents import Documents
+
 
 @dataclass(frozen=True)
-class Documents:
-    """The documents of a batch, as one sequence of them: what is behind each other in a row, row behind row.
+class BlockCausal:
+    """Documents that see only themselves, each of its tokens what is before it.
 
-    A document is a run of equal ids in a row, padding too. Each is attended to by itself, so that its result is the one
-    it has alone, and that neither the work nor the memory for a whole row's square is spent on it.
+    Each is attended to by itself, so that its result is the one it has alone, and that neither the work nor the memory
+    for a whole row's square is spent on it.
 
     Attributes:
-        starts: [n + 1] int32, on the batch's device: where each begins among the b * s tokens, and the end.
-        lengths: tokens of each.
-        row_length: s, which no document is longer than.
+        documents: of the batch.
+        window: how far back a token sees, itself included; None: to the start of its document.
+        mask: [1, 1, l, l] of the longest document, whose corner is the mask of a shorter one; None: `window` hides
+            nothing, or is the kernel's to keep.
     """
 
-    starts: Tensor
-    lengths: list[int]
-    row_length: int
-    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    documents: Documents
+    window: int | None
+    mask: Tensor | None
 
-    @classmethod
-    def of(cls, ids: Tensor) -> Documents:
-        """From `documents` [b, s] of a batch. On CUDA it waits for the device, once per forward."""
-        is_start = torch.ones_like(ids, dtype=torch.bool)
-        is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        starts = F.pad(is_start.flatten().nonzero().flatten(), (0, 1), value=ids.numel())
-        return cls(starts.int(), starts.diff().tolist(), ids.size(1))
-
-    def positions(self) -> Tensor:
-        """[b, s] int64, counted from 0 in each document."""
-        index = torch.arange(int(self.starts[-1]), device=self.starts.device)
-        return (index - self._spread(self.starts[:-1])).view(-1, self.row_length)
-
-    def lengths_of_tokens(self) -> Tensor:
-        """[b, s] int64: how long the document of each token is."""
-        return self._spread(self.starts.diff()).view(-1, self.row_length)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.long().repeat_interleave(self.starts.diff(), output_size=sum(self.lengths))
-
-    def window_mask(self, length: int, window: int, like: Tensor) -> Tensor | None:
-        """The mask of a document, made once for all layers."""
-        if window >= length:
+    def mask_of(self, length: int) -> Tensor | None:
+        """For a document of this length."""
+        if self.mask is None or self.window is None or self.window >= length:
             return None
-        if (length, window) not in self._masks:
-            index = torch.arange(length, device=like.device)[None]
-            mask = attention_mask(index, index, window, causal=True, dtype=like.dtype)
-            assert mask is not None
-            self._masks[length, window] = mask
-        return self._masks[length, window]
+        return self.mask[..., :length, :length]
 
 
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, sight: Documents | Tensor | None, window: int | None
-) -> Tensor:
+Sight = BlockCausal | Tensor | None  # what tokens see, see `attend`
+
+
+def block_causal(documents: Documents, window: int | None, like: Tensor, head_dim: int) -> BlockCausal:
+    """What tokens of `documents` see in layers of this window, made once for all of them.
+
+    Args:
+        like: of the device and dtype of the heads.
+        head_dim: their size.
+    """
+    mask = None
+    if window is not None and window < documents.longest and not has_varlen_kernel(like, head_dim):
+        index = torch.arange(documents.longest, device=like.device)[None]
+        mask = attention_mask(index, index, window, causal=True, dtype=like.dtype)
+    return BlockCausal(documents, window, mask)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
     """Scaled dot-product attention.
 
     Args:
         queries: [b, h, q, n].
         keys: [b, h_kv, k, n], where h_kv divides h.
         values: [b, h_kv, k, n].
-        sight: documents that see only themselves; or a mask to be added, which holds the window already; None: plain
-            causal.
-        window: how far back a query sees among documents, itself included; None: to the start.
+        sight: documents that see only themselves; or a mask to be added; None: plain causal.
 
     Returns:
         [b, h, q, n].
     """
-    if isinstance(sight, Documents):
-        return _attend_within(queries, keys, values, sight, window)
+    if isinstance(sight, BlockCausal):
+        return _attend_within(queries, keys, values, sight)
     # On CUDA, kernels that take fewer key heads know no mask and no float32; what then remains holds [b, h, s, s]
     # (torch 2.13). Repeated heads open the memory-efficient kernel again.
     native = sight is None and (queries.dtype in (torch.bfloat16, torch.float16) or not queries.is_cuda)
@@ -90,34 +80,33 @@ def attend(
     )
 
 
-def _attend_within(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, window: int | None) -> Tensor:
+def _attend_within(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCausal) -> Tensor:
     b, s = queries.size(0), queries.size(2)
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (queries, keys, values))  # [b * s, h, n]
-    if has_varlen_kernel(queries):
-        out = _varlen(queries, keys, values, documents, window)
+    if has_varlen_kernel(queries, queries.size(-1)):
+        out = _varlen(queries, keys, values, sight)
     else:
         outs = []
-        for pieces in zip(*(heads.split(documents.lengths) for heads in (queries, keys, values)), strict=True):
+        for pieces in zip(*(heads.split(sight.documents.lengths) for heads in (queries, keys, values)), strict=True):
             one = [piece.transpose(0, 1)[None] for piece in pieces]  # [1, h, length, n]
-            mask = None if window is None else documents.window_mask(len(pieces[0]), window, queries)
-            outs.append(attend(one[0], one[1], one[2], mask, None)[0].transpose(0, 1))
+            outs.append(attend(one[0], one[1], one[2], sight.mask_of(len(pieces[0])))[0].transpose(0, 1))
         out = torch.cat(outs)  # [b * s, h, n]
     return out.unflatten(0, (b, s)).transpose(1, 2)
 
 
-def has_varlen_kernel(queries: Tensor) -> bool:
-    """Whether torch's kernel for documents of any length, which is FlashAttention 2, takes these heads."""
+def has_varlen_kernel(like: Tensor, head_dim: int) -> bool:
+    """Whether torch's kernel for documents of any length, which is FlashAttention 2, takes heads of this size."""
     return (
-        queries.is_cuda
+        like.is_cuda
         and torch.version.hip is None
-        and queries.dtype in (torch.bfloat16, torch.float16)
-        and queries.size(-1) % 8 == 0
-        and queries.size(-1) <= 256
-        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        and like.dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(like.device) >= (8, 0)
     )
 
 
-def _varlen(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, window: int | None) -> Tensor:
+def _varlen(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCausal) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     settings: dict[str, Any] = {}
@@ -127,9 +116,9 @@ def _varlen(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents,
         else:  # torch 2.11
             repeats = queries.size(1) // keys.size(1)
             keys, values = (heads.repeat_interleave(repeats, dim=1) for heads in (keys, values))
-    starts, longest = documents.starts, max(documents.lengths)
+    starts, longest = sight.documents.starts, sight.documents.longest
     # Its window counts the tokens before the query, ours the query too.
-    back = -1 if window is None else window - 1
+    back = -1 if sight.window is None else sight.window - 1
     out = varlen_attn(queries, keys, values, starts, starts, longest, longest, window_size=(back, 0), **settings)
     assert isinstance(out, Tensor)  # and not a pair, which other settings ask for
     return out

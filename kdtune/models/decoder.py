@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdtune.models.attention import Documents, attend, attention_mask
+from kdtune.documents import Documents
+from kdtune.models.attention import Sight, attend, attention_mask, block_causal
 from kdtune.models.cache import KVCache
 from kdtune.models.config import ModelConfig
 from kdtune.models.rope import Rope, rotate
@@ -24,9 +25,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-Sight = Documents | Tensor | None  # what tokens see, see `attend`
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +49,6 @@ class Attention(nn.Module):
         d, n = config.hidden_size, config.head_dim
         self.index = index
         self.head_dim = n
-        self.window = config.windows[index]
         self.q_proj = nn.Linear(d, config.num_heads * n, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, config.num_kv_heads * n, bias=config.qkv_bias)
@@ -70,7 +67,7 @@ class Attention(nn.Module):
         values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.store(self.index, keys, values)
-        out = attend(queries, keys, values, sight, self.window)  # [b, h, s, n]
+        out = attend(queries, keys, values, sight)  # [b, h, s, n]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -112,7 +109,7 @@ class Trunk(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
+        self, tokens: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
     ) -> Tensor:
         x = self.embed_tokens(tokens)  # [b, s, d]
         index = torch.arange(tokens.size(1), device=tokens.device)[None]  # [1, s]
@@ -125,18 +122,19 @@ class Trunk(nn.Module):
             assert positions is not None
             assert documents is None
             queries, slots = positions, torch.arange(cache.length, device=tokens.device)[None]
-        apart = None if documents is None else Documents.of(documents)
         # Once for all layers of a kind, whose masks the backward then shares.
         sights: dict[int | None, Sight] = {
-            window: apart or attention_mask(queries, slots, window, causal=not decoding, dtype=x.dtype)
+            window: attention_mask(queries, slots, window, causal=not decoding, dtype=x.dtype)
+            if documents is None
+            else block_causal(documents, window, x, self.config.head_dim)
             for window in set(self.config.windows)
         }
         if positions is None:
-            positions = index if apart is None else apart.positions()
+            positions = index if documents is None else documents.positions()
         lengths = None
         if self.config.rope.type == "dynamic":
             lengths = positions.amax(dim=1, keepdim=True).expand_as(positions) + 1
-            lengths = lengths if apart is None else apart.lengths_of_tokens()
+            lengths = lengths if documents is None else documents.lengths_of_tokens()
         cos, sin = (part.to(x.dtype)[:, None] for part in self.rope(positions, lengths))  # [b, 1, s, n]
         for layer, window in zip(self.layers, self.config.windows, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -179,7 +177,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm; `head` makes logits of them.
@@ -187,9 +185,9 @@ class Decoder(nn.Module):
         Args:
             tokens: [b, s], int64.
             positions: [b, s], counted from 0 in each document. None: counted from `documents`.
-            documents: [b, s], int: a run of equal ids is a document, whose tokens see no other; -1 is padding. None: a
-                row is one document, which suits right padding too, since no token sees what comes after it. (With
-                dynamic rope, padding then counts as length.)
+            documents: of the rows, on the device of `tokens`; none sees another. None: a row is one document, which
+                suits right padding too, since no token sees what comes after it. (With dynamic rope, padding then
+                counts as length.)
             cache: what earlier calls left, for generation; it is updated. The first call takes rows padded on the
                 right and no `positions`; later ones need `positions` and take no `documents`.
 
@@ -202,7 +200,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [b, s, v] in the weights' dtype; arguments as for `hidden`."""

@@ -20,6 +20,7 @@ class Rope:
         self.config = config
         self.head_dim = head_dim
         self.inv_freq = _inverse_frequencies(config, head_dim)  # [n / 2], float32 on the CPU
+        self._on_device: dict[torch.device, Tensor] = {}  # a copy from the host waits for the device: once, not always
 
     def __call__(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines in float32.
@@ -31,10 +32,13 @@ class Rope:
         Returns:
             (cos, sin), each [b, s, n]; the second half repeats the first.
         """
-        inv_freq = self.inv_freq.to(positions.device)
         if self.config.type == "dynamic":
             assert lengths is not None
             inv_freq = _dynamic_frequencies(self.config, self.head_dim, lengths)  # [b, s, n / 2]
+        else:
+            if positions.device not in self._on_device:
+                self._on_device[positions.device] = self.inv_freq.to(positions.device)
+            inv_freq = self._on_device[positions.device]
         angles = positions[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)  # [b, s, n]
         return angles.cos() * self.config.attention_factor, angles.sin() * self.config.attention_factor

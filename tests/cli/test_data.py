@@ -490,6 +490,7 @@ def test_titles_and_places_are_escaped() -> None:
 
 
 def test_padding_of_a_rectangle_is_not_shown() -> None:
-    labels = torch.tensor([[view.IGNORE, 5, view.IGNORE], [6, view.IGNORE, 7]])
+    none = [view.IGNORE] * 3
+    labels = torch.tensor([[view.IGNORE, 5, view.IGNORE], [6, view.IGNORE, 7], none])
     batch = view.Batch(torch.zeros_like(labels), labels, labels)
-    assert view._documents(batch).tolist() == [[0, 0, -1], [0, 0, 0]]
+    assert view._documents(batch) == [[2], [3], []]

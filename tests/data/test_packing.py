@@ -123,19 +123,19 @@ def test_every_document_is_in_the_batch_as_it_is_alone(examples: data.Examples) 
     batch = data.collate_packed([[examples[i] for i in row] for row in chosen], 7)
     assert batch.documents is not None
     length = max(sum(examples.length(i) for i in row) for row in chosen)
-    assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == batch.documents.shape == (3, length)
+    assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (3, length)
+    assert batch.documents.rows == [[examples.length(i) for i in row] for row in chosen]
+    assert batch.documents.row_length == length
     for b, row in enumerate(chosen):
         start = 0
-        for number, i in enumerate(row):
+        for i in row:
             tokens, labels = examples[i]
             place = slice(start, start := start + len(tokens))
             assert torch.equal(batch.tokens[b, place], tokens)
             assert torch.equal(batch.labels[b, place], labels)
             assert batch.positions[b, place].tolist() == list(range(len(tokens)))
-            assert batch.documents[b, place].unique().tolist() == [number]
         assert (batch.tokens[b, start:] == 7).all()
         assert (batch.labels[b, start:] == IGNORE).all()
-        assert (batch.documents[b, start:] == -1).all()
 
 
 def test_labels_never_cross_a_border(examples: data.Examples) -> None:
@@ -143,7 +143,7 @@ def test_labels_never_cross_a_border(examples: data.Examples) -> None:
     (batch, *_) = data.val_batches(examples, 4, data.DatasetConfig(source="", packed=True))[examples.name]
     assert batch.documents is not None
     scored = batch.labels[:, :-1] != IGNORE
-    inside = batch.documents[:, :-1] == batch.documents[:, 1:]
+    inside = batch.positions[:, 1:] > 0
     assert torch.equal(batch.labels[:, :-1][scored & inside], batch.tokens[:, 1:][scored & inside])
     at_border = batch.labels[:, :-1][scored & ~inside]
     end = examples[0][1][-1]

@@ -14,8 +14,8 @@ from tiny_runs import distil, finetune
 from torch import Tensor
 
 from kdtune import checkpoint, data, devices, losses, models, tokenizers
+from kdtune.documents import Documents
 from kdtune.models import attention
-from kdtune.models.attention import Documents
 from kdtune.teacher import LiveTeacher
 
 # What a model may have that looks at positions or at rows.
@@ -102,12 +102,12 @@ def test_a_document_s_loss_is_the_one_it_has_alone(
     assert len({round(float(value[2]), 6) for value in expected}) == len(examples), "no two documents are alike"
     for rows in PACKINGS:
         batch = pack(examples, rows, pad_id=77)
-        assert batch.documents is not None
         for b, row in enumerate(rows):
-            for number, i in enumerate(row):
-                mine = torch.zeros_like(batch.documents, dtype=torch.bool)
-                mine[b] = batch.documents[b] == number
-                labels = batch.labels.masked_fill(~mine, data.IGNORE)
+            start = 0
+            for i in row:
+                place = slice(start, start := start + examples.length(i))
+                labels = torch.full_like(batch.labels, data.IGNORE)
+                labels[b, place] = batch.labels[b, place]
                 found = values(sums_of(student, teacher, batch, labels, 1))
                 torch.testing.assert_close(found, expected[i], rtol=tolerance, atol=0)
 
@@ -186,7 +186,7 @@ def test_the_kernel_of_cuda_is_asked_for_the_same(
 ) -> None:
     """Borders, windows and groups of heads, as torch describes its kernel; tests/gpu asks the kernel itself."""
     expected = gradients(pair, alone(examples))
-    monkeypatch.setattr(attention, "has_varlen_kernel", lambda queries: True)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda like, head_dim: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_any_length)
     assert_same_step(gradients(pair, [pack(examples, PACKINGS[1])]), expected, tolerance)
 
@@ -202,17 +202,18 @@ def test_no_mask_of_a_row_is_made(pair: tuple[Path, Path], monkeypatch: pytest.M
 
     monkeypatch.setattr(attention, "attention_mask", counted)
     monkeypatch.setattr("kdtune.models.decoder.attention_mask", counted)
-    documents = torch.arange(6).repeat_interleave(10).expand(2, 60)
+    documents = Documents.in_rows([[10] * 6] * 2)
     with torch.no_grad():
         load_float64(pair[0]).hidden(torch.zeros(2, 60, dtype=torch.int64), documents=documents)
     assert made in ([], [10])
 
 
-def test_documents_are_runs() -> None:
-    found = Documents.of(torch.tensor([[0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0]]))
+def test_padding_is_a_document_of_its_own() -> None:
+    found = Documents.in_rows([[2, 3], [6]])
     assert found.starts.tolist() == [0, 2, 5, 6, 12]
     assert found.starts.dtype == torch.int32
     assert found.lengths == [2, 3, 1, 6], "the end of a row is a border, too"
+    assert found.longest == 6
 
 
 # Through the recipes.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kdtune import models
 from kdtune.checkpoint import load_model
+from kdtune.documents import Documents
 from kdtune.models import Decoder, KVCache, RopeConfig
-from kdtune.models.attention import Documents
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}  # on logits of about 3
 LENGTHS = (30, 5, 17)  # beyond the dynamic variant's 16 positions, and beyond every sliding window
@@ -45,10 +45,8 @@ def test_right_padding_changes_nothing(
     variant: str, oracle: Callable[..., Any], hf_folder: Callable[..., Path]
 ) -> None:
     rows = random_rows()
-    tokens = torch.zeros(len(rows), max(LENGTHS), dtype=torch.int64)
-    documents = torch.full_like(tokens, -1)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)], documents[index, : len(row)] = row, 0
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    documents = Documents.in_rows([length] for length in LENGTHS)
     model = load(hf_folder(variant))
     # With dynamic rope padding counts as length unless it is marked.
     ways = [documents] if model.config.rope.type == "dynamic" else [documents, None]
@@ -61,10 +59,8 @@ def test_right_padding_changes_nothing(
 @torch.no_grad()
 def test_left_padding_changes_nothing(variant: str, oracle: Callable[..., Any], hf_folder: Callable[..., Path]) -> None:
     rows = random_rows()
-    tokens = torch.zeros(len(rows), max(LENGTHS), dtype=torch.int64)
-    documents = torch.full_like(tokens, -1)
-    for index, row in enumerate(rows):
-        tokens[index, -len(row) :], documents[index, -len(row) :] = row, 0
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    documents = Documents.in_rows([max(LENGTHS) - length, length] for length in LENGTHS)
     logits = load(hf_folder(variant))(tokens, documents=documents)
     assert logits.isfinite().all()
     for index, expected in enumerate(expected_alone(oracle, variant, rows)):
@@ -78,9 +74,9 @@ def test_packed_documents_equal_themselves_alone(
 ) -> None:
     rows = random_rows()
     tokens = torch.cat([*rows, torch.zeros(4, dtype=torch.int64)])[None]
-    documents = torch.cat([*(torch.full((len(row),), index) for index, row in enumerate(rows)), torch.full((4,), -1)])
+    documents = Documents.in_rows([LENGTHS], tokens.size(1))
     positions = torch.cat([torch.arange(len(row)) for row in [*rows, range(4)]])[None] if given_positions else None
-    logits = load(hf_folder(variant))(tokens, positions=positions, documents=documents[None])[0]
+    logits = load(hf_folder(variant))(tokens, positions=positions, documents=documents)[0]
     for piece, expected in zip(logits.split([*LENGTHS, 4]), expected_alone(oracle, variant, rows), strict=False):
         torch.testing.assert_close(piece, expected, **TOLERANCE)
 
@@ -164,11 +160,9 @@ def test_low_precision_leaves_rope_alone(hf_folder: Callable[..., Path]) -> None
 
 
 def test_positions_count_from_each_document() -> None:
-    documents = torch.tensor([[-1, -1, 5, 5, 5, 2], [0, 0, 0, 1, 1, -1]])
-    found = Documents.of(documents)
-    assert found.positions().tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 1, 0]]
-    assert found.lengths == [2, 3, 1, 3, 2, 1]
-    assert found.lengths_of_tokens().tolist() == [[2, 2, 3, 3, 3, 1], [3, 3, 3, 2, 2, 1]]
+    found = Documents.in_rows([[2, 3, 1], [3, 1]])
+    assert found.positions().tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 1]]
+    assert found.lengths_of_tokens().tolist() == [[2, 2, 3, 3, 3, 1], [3, 3, 3, 1, 2, 2]]
 
 
 def test_counting_parameters_builds_none_and_keeps_the_random_state() -> None:
