@@ -150,6 +150,7 @@ def test_recipe_says_what_it_is(path: Path) -> None:
 # Configs.
 
 
+@functools.cache
 def fill(schema: Any, path: Path | None) -> list[str]:
     """Overrides that give a value to the settings that a config leaves to its user, and to no other."""
     placeholder = {"str": "x", "int": "1", "float": "1"}
@@ -258,10 +259,12 @@ def try_command(words: list[str]) -> None:
     main(words)
 
 
+@functools.cache
 def schemas() -> list[Any]:
     return [load_module(path).Config for path in RECIPES]
 
 
+@functools.cache
 def takes(schema: Any, key: str, text: str) -> bool:
     """Whether a recipe has the setting and accepts the value."""
     keys = {setting.key for setting in config.describe(schema)}

@@ -262,7 +262,6 @@ def _check(key: str, node: DictConfig, field: Field, schema: Any, problems: list
     if OmegaConf.is_missing(node, field.name):
         missing.append(key)
         return
-    written = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))[field.name]
     try:
         value = node[field.name]
         if OmegaConf.is_config(value):
@@ -270,6 +269,7 @@ def _check(key: str, node: DictConfig, field: Field, schema: Any, problems: list
     except InterpolationToMissingValueError:
         return  # reported as the missing setting that it is
     except InterpolationKeyError:
+        written = _written(node, field)
         names = [name for text in _strings(written) for name in re.findall(r"\$\{([\w.]+)\}", text)]
         unknown = [name for name in names if name not in keys_of(schema)]
         advice = _nearest(unknown[0], schema) if unknown else "It lies in a section that is null."
@@ -277,7 +277,7 @@ def _check(key: str, node: DictConfig, field: Field, schema: Any, problems: list
         return
     except OmegaConfBaseException as error:
         reason = _first_line(error).removeprefix("ValueError raised while resolving interpolation: ")
-        problems.append(f"{key} wants {field.wanted()}, got {_show(written)}: {reason}.")
+        problems.append(f"{key} wants {field.wanted()}, got {_show(_written(node, field))}: {reason}.")
         return
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, float) and not math.isfinite(item):
@@ -285,6 +285,11 @@ def _check(key: str, node: DictConfig, field: Field, schema: Any, problems: list
         elif isinstance(item, (int, float)) and not all(_holds(item, *bound) for bound in field.bounds.items()):
             limits = " and ".join(f"{BOUNDS[name]} {limit}" for name, limit in field.bounds.items())
             problems.append(f"{key} must be {limits}, got {_show(item)}.")
+
+
+def _written(node: DictConfig, field: Field) -> Any:
+    """The value before interpolation."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))[field.name]
 
 
 def _holds(value: float, bound: str, limit: float) -> bool:

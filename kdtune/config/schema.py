@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import functools
 import inspect
 import io
 import textwrap
@@ -116,7 +117,9 @@ class Field:
         return f"{name} or null" if self.optional else name
 
 
-def fields_of(schema: Any) -> dict[str, Field]:
+@functools.cache
+def fields_of(schema: Any) -> Mapping[str, Field]:
+    """The fields of a dataclass by their names."""
     hints = typing.get_type_hints(schema)
     fields = {}
     for field in dataclasses.fields(schema):
@@ -166,7 +169,8 @@ def _describe(schema: Any, defaults: Any, prefix: str) -> Iterator[Setting]:
             yield from _describe(field.named_section, _instance(field.named_section), f"{key}.<name>.")
 
 
-def _comments(schema: Any) -> dict[str, str]:
+@functools.cache
+def _comments(schema: Any) -> Mapping[str, str]:
     """Comment of each field: behind it, else on the lines right above it."""
     comments: dict[str, str] = {}
     for base in reversed(schema.__mro__):
