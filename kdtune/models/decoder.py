@@ -5,8 +5,8 @@ Modules are named so that `state_dict()` has the keys of a Hugging Face checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from kdtune.models.rope import Rope, rotate
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 
@@ -212,7 +212,8 @@ def enable_activation_checkpointing(model: Decoder) -> None:
     model.model.activation_checkpointing = True
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every parameter, as in a checkpoint; a tied head is not listed. Builds no weights."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}

@@ -18,6 +18,7 @@ import base64
 import binascii
 import json
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -386,16 +387,17 @@ def _spell_metaspace(piece: str) -> bytes:
 
 def _spell_byte_level(piece: str) -> bytes:
     try:
-        return bytes(_BYTE_OF[character] for character in piece)
-    except KeyError:
+        return piece.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:
         return piece.encode()
 
 
-def _byte_of() -> dict[str, int]:
+def _byte_of() -> dict[int, int]:
     # GPT-2 writes each byte as one printable character: itself where it is printable, else one from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+    # A byte as it is stands for nothing where a character from 256 on does; it becomes what no byte is.
+    return {byte: sys.maxunicode for byte in rest} | {256 + i: byte for i, byte in enumerate(rest)}
 
 
 _BYTE_OF = _byte_of()

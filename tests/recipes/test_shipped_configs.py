@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,10 +59,10 @@ def downloads(name: str) -> dict[str, str]:
     return {folder: hub for hub, folder in re.findall(r"kdtune download (\S+) --output-dir (\S+)", header(name))}
 
 
-def write_tokenizer(folder: Path, hub_name: str) -> None:
-    """A byte-level tokenizer of the model's real size, whose further ids never come up."""
-    (found,) = [sizes for prefix, sizes in TOKENIZERS.items() if hub_name.split("/")[1].startswith(prefix)]
-    num_text, num_special, special, roles = found
+@cache
+def tokenizer_files(prefix: str) -> dict[str, str]:
+    """A byte-level tokenizer of the models' real size, whose further ids never come up."""
+    num_text, num_special, special, roles = TOKENIZERS[prefix]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     text = [*alphabet, *(f"filler{i}" for i in range(num_text - len(alphabet)))]
     special = [*special, *(f"<|special_{i}|>" for i in range(num_special - len(special)))]
@@ -70,8 +71,14 @@ def write_tokenizer(folder: Path, hub_name: str) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     assert tokenizer.get_vocab_size() == num_text + num_special
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({**roles, "add_bos_token": "bos_token" in roles}))
+    settings = {**roles, "add_bos_token": "bos_token" in roles}
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(settings)}
+
+
+def write_tokenizer(folder: Path, hub_name: str) -> None:
+    (prefix,) = [prefix for prefix in TOKENIZERS if hub_name.split("/")[1].startswith(prefix)]
+    for name, text in tokenizer_files(prefix).items():
+        (folder / name).write_text(text)
 
 
 def write_sparse_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -155,8 +162,23 @@ def test_header(name: str) -> None:
     assert checkpointed.total <= 0.9 * small * 2**30
 
 
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and student have the same tokenizer files, and a vocabulary of true size takes half a second to read."""
+    load = kdtune.tokenizers.load
+    found: dict[bytes, kdtune.tokenizers.Tokenizer] = {}
+
+    def load_once(path: str | Path) -> kdtune.tokenizers.Tokenizer:
+        content = Path(path, "tokenizer.json").read_bytes()
+        if content not in found:
+            found[content] = load(path)
+        return found[content]
+
+    monkeypatch.setattr(kdtune.tokenizers, "load", load_once)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dry_run(name: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run(name: str, workplace: Path, read_once: None, capsys: pytest.CaptureFixture[str]) -> None:
     """As shipped, but for the device and the rows: everything that is checked before a weight is read."""
     for folder, hub_name in downloads(name).items():
         Path(folder).mkdir(parents=True)
