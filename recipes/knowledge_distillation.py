@@ -78,6 +78,8 @@ class Config:
     dtype: devices.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
+    activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
+    enable_activation_offloading: bool = False  # what checkpointing keeps goes to host memory until it is needed
     loss_chunk_size: int | None = setting(None, gt=0)  # labelled tokens whose logits exist at one time; null: automatic
     compile: bool = False  # fuse the loss's element-wise part with torch.compile; on a CPU it needs a C++ compiler
 
@@ -187,7 +189,8 @@ def build(
     teacher = LiveTeacher(checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=dtype, device=device))
     student = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
     if cfg.enable_activation_checkpointing:
-        models.enable_activation_checkpointing(student)
+        mode = cfg.activation_checkpointing_mode
+        models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
     return student, teacher, optim.build_optimizer(student, cfg.optimizer)
 
 
@@ -243,6 +246,12 @@ def check(cfg: Config) -> Inputs:
     run_device = devices.resolve(cfg.device)
     if cfg.compile:
         devices.check_compiler(run_device)
+    models.check_checkpointing(
+        cfg.enable_activation_checkpointing,
+        cfg.activation_checkpointing_mode,
+        cfg.enable_activation_offloading,
+        run_device,
+    )
     losses.build_divergence(cfg.kd_loss)
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)

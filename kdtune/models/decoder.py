@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kdtune.documents import Documents
 from kdtune.models.attention import Sight, attend, attention_mask, block_causal
 from kdtune.models.cache import KVCache
+from kdtune.models.checkpointing import CheckpointingMode, Offloader, checkpointer
 from kdtune.models.config import ModelConfig
 from kdtune.models.rope import Rope, rotate
 
@@ -90,8 +91,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.checkpoint: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            return self.checkpoint(self._forward, x, cos, sin, sight, cache)
+        return self._forward(x, cos, sin, sight, cache)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, sight, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -106,7 +113,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = Rope(config.rope, config.head_dim)
-        self.activation_checkpointing = False
+        self.offload_activations = False
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
@@ -136,11 +143,9 @@ class Trunk(nn.Module):
             lengths = positions.amax(dim=1, keepdim=True).expand_as(positions) + 1
             lengths = lengths if documents is None else documents.lengths_of_tokens()
         cos, sin = (part.to(x.dtype)[:, None] for part in self.rope(positions, lengths))  # [b, 1, s, n]
+        offloader = Offloader() if self.offload_activations and torch.is_grad_enabled() else None
         for layer, window in zip(self.layers, self.config.windows, strict=True):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # Nothing in a layer is random, so there is no random state to keep.
-                x = checkpoint(layer, x, cos, sin, sights[window], cache, use_reentrant=False, preserve_rng_state=False)
-            else:
+            with offloader.keep(x, is_last=layer is self.layers[-1]) if offloader else nullcontext():
                 x = layer(x, cos, sin, sights[window], cache)
         return self.norm(x)
 
@@ -207,9 +212,18 @@ class Decoder(nn.Module):
         return self.head(self.hidden(tokens, positions, documents, cache))
 
 
-def enable_activation_checkpointing(model: Decoder) -> None:
-    """Keep only each layer's input for the backward pass and compute the layer again there."""
-    model.model.activation_checkpointing = True
+def enable_activation_checkpointing(model: Decoder, mode: CheckpointingMode = "full", offload: bool = False) -> None:
+    """Keep less of each layer for the backward, and compute it again there.
+
+    Args:
+        model: whose layers have their adapters and dropout by now.
+        mode: `full` keeps a layer's input, `selective` also what its matrix products and attention gave.
+        offload: keep the inputs in host memory; for `full` on an accelerator.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.checkpoint = checkpointer(mode, layer)
+    model.model.offload_activations = offload
 
 
 @functools.cache

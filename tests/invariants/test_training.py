@@ -92,11 +92,13 @@ def test_the_size_of_loss_chunks_does_not_matter(tiny: Path, tmp_path: Path) -> 
             assert line == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("recipe", [distil, finetune])
-def test_activation_checkpointing_changes_nothing(recipe: Any, tiny: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(recipe: Any, mode: str, tiny: Path, tmp_path: Path) -> None:
     settings = [f"checkpointer.checkpoint_dir={tiny / 'teacher'}", "kd_loss.temperature=2"][: 2 - (recipe is finetune)]
     plain = recipe(tiny, tmp_path / "plain", *settings)
-    checkpointed = recipe(tiny, tmp_path / "checkpointed", *settings, "enable_activation_checkpointing=true")
+    settings += ["enable_activation_checkpointing=true", f"activation_checkpointing_mode={mode}"]
+    checkpointed = recipe(tiny, tmp_path / "checkpointed", *settings)
     tiny_runs.assert_same_run(plain, checkpointed)
 
 

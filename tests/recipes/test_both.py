@@ -255,10 +255,12 @@ def test_save_dtype(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
 def test_activation_checkpointing_is_on_when_asked(
     asked: bool, recipe: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models: list[Any] = []
-    monkeypatch.setattr("kdtune.models.enable_activation_checkpointing", models.append)
-    recipe(tiny, tmp_path / "run", *SHORT, f"enable_activation_checkpointing={asked}")
-    assert [model.config.num_layers for model in models] == [1] * asked, "the student's, which alone has a backward"
+    calls: list[Any] = []
+    monkeypatch.setattr("kdtune.models.enable_activation_checkpointing", lambda *args: calls.append(args))
+    mode = ["activation_checkpointing_mode=selective"] * asked
+    recipe(tiny, tmp_path / "run", *SHORT, f"enable_activation_checkpointing={asked}", *mode)
+    expected = [(1, "selective", False)] * asked  # of the student, which alone has a backward
+    assert [(model.config.num_layers, *how) for model, *how in calls] == expected
 
 
 # Where a model starts.
@@ -530,6 +532,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "message"),
     [
         (["batch_size=0"], "batch_size"),
+        (["activation_checkpointing_mode=selective"], "enable_activation_checkpointing=false"),
+        (["enable_activation_checkpointing=true", "enable_activation_offloading=true"], "device=cpu computes there"),
         (["metric_logger.wandb_project=kd"], "wandb, which is not installed"),
         (["tokenizer.max_seq_len=129"], "built for 128 positions"),
         (["dataset.source=nowhere.jsonl"], "nowhere.jsonl"),
