@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -45,16 +45,14 @@ def check_checkpointing(enabled: bool, mode: CheckpointingMode, offload: bool, d
         )
 
 
-def checkpointer(mode: CheckpointingMode, layer: nn.Module) -> Callable[..., Tensor]:
+def checkpointer(mode: CheckpointingMode, is_random: bool) -> Callable[..., Tensor]:
     """A function that computes `function(*args)` and keeps less of it for the backward.
 
     Args:
         mode: `full` keeps the arguments and computes everything a second time; `selective` also keeps what matrix
             products and attention gave, and repeats norms, rotations and activation functions.
-        layer: whose method is computed; it has its dropout by now.
+        is_random: the function draws random numbers, which are to be the same the second time.
     """
-    # Where nothing is random, there is no random state to keep.
-    is_random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
     contexts = _keep_products if mode == "selective" else noop_context_fn
     return functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random, context_fn=contexts)
 

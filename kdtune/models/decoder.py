@@ -113,6 +113,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = Rope(config.rope, config.head_dim)
+        self.is_random = False  # whether layers draw random numbers: whoever gives them dropout says so
         self.offload_activations = False
 
     def forward(
@@ -216,13 +217,13 @@ def enable_activation_checkpointing(model: Decoder, mode: CheckpointingMode = "f
     """Keep less of each layer for the backward, and compute it again there.
 
     Args:
-        model: whose layers have their adapters and dropout by now.
+        model: with its dropout, if it is to have any.
         mode: `full` keeps a layer's input, `selective` also what its matrix products and attention gave.
         offload: keep the inputs in host memory; for `full` on an accelerator.
     """
     for layer in model.modules():
         if isinstance(layer, Layer):
-            layer.checkpoint = checkpointer(mode, layer)
+            layer.checkpoint = checkpointer(mode, model.model.is_random)
     model.model.offload_activations = offload
 
 
