@@ -37,6 +37,9 @@ def lines(view: "View", marks: tuple[str, ...], colour: bool) -> Iterator[str]:
     for name, value in view.facts:
         yield f"{name:<17}{terminal.visible(value)}"
     yield ""
+    if view.sources:
+        yield from _table(view.sources)
+        yield ""
     yield view.lengths
     yield from _histogram(view.bins)
     yield f"-- {view.limit} ".ljust(_width(), "-")
@@ -95,6 +98,14 @@ def _paint(text: str, number: int, is_label: bool, is_special: bool = False) -> 
 
 def _visible(text: str, marks: tuple[str, ...]) -> str:
     return terminal.visible(text, keep="\n").replace("\n", f"{marks[4]}\n")
+
+
+def _table(table: list[list[str]]) -> Iterator[str]:
+    """The first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        yield terminal.visible("  ".join([f"{name:<{widths[0]}}", *numbers]))
 
 
 def _histogram(bins: "list[Bin]") -> Iterator[str]:

@@ -138,7 +138,7 @@ class Loader:
         if self._packed:
             capacity = self.examples.max_seq_len
             fill = lengths.sum() / (len(lengths) * capacity)
-            return f"packed into {capacity:,} x {len(lengths):,} rows, {fill:.1%} filled"
+            return f"packed into {capacity:,} x {len(lengths):,} rows an epoch, {fill:.1%} filled"
         whole = len(lengths) // self._step_size * self._step_size
         steps = -np.sort(-lengths[:whole].reshape(-1, self._step_size), axis=1)
         computed = steps.reshape(-1, self._batch_size).max(axis=1, initial=0).sum() * self._batch_size
@@ -148,7 +148,7 @@ class Loader:
             for start, end in share(len(rest), self._batch_size, self._num_ranks)
             if end > start
         )
-        return f"{1 - lengths.sum() / computed:.1%} padding"
+        return f"{1 - lengths.sum() / computed:.1%} padding in an epoch"
 
     def source_epochs(self) -> dict[str, float]:
         """How often each source of a blend has been gone through by now; empty for a single data set."""

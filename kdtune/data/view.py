@@ -50,6 +50,7 @@ class Survey:
     """Batches, counted; and some of their rows."""
 
     rows: list[Row] = field(default_factory=list)
+    is_packed: bool = False
     num_rows: int = 0
     num_documents: int = 0
     num_tokens: int = 0  # positions that are no padding
@@ -82,6 +83,7 @@ def survey(
         found.labels_per_step.append(count_labels(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             documents = _documents(batch)
+            found.is_packed |= batch.documents is not None
             for i, lengths in enumerate(documents):
                 if start <= found.num_rows + i + 1 < start + num_rows:
                     cut = zip(

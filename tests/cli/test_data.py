@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -135,16 +136,16 @@ def test_padding(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     )
     _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
     fill = (short + long) / (2 * long)
-    assert fact(out, "batches") == f"2 rows in 1 step of an epoch; these are {fill:.1%} filled, {1 - fill:.1%} padding"
+    assert fact(out, "batches") == f"2 rows in 1 step of an epoch; {fill:.1%} filled, {1 - fill:.1%} padding"
 
 
 def test_padding_says_of_which_steps_it_is(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     told = kdtune("run", *argv(tiny)[1:], f"output_dir={tmp_path}", "--dry-run")[1]
-    (padding,) = re.findall(r"(\S+% padding)", told)
+    (padding,) = re.findall(r"(\S+% padding) in an epoch", told)
     of_epoch = fact(kdtune(*argv(tiny))[1], "batches")
-    assert re.search(rf"in 3 steps of an epoch; these are .*% filled, {padding}$", of_epoch)
+    assert re.search(rf"in 3 steps of an epoch; .*% filled, {padding}$", of_epoch)
     ended = fact(kdtune(*argv(tiny, "max_steps=2"))[1], "batches")
-    assert re.search(r"in 2 steps of the run; these are .* padding \(kdtune run tells that of a whole epoch\)$", ended)
+    assert re.search(r"in 2 steps of the run; .* padding \(kdtune run tells that of a whole epoch\)$", ended)
 
 
 def test_packed_rows_show_their_documents(tiny: Path, kdtune: Run) -> None:
@@ -157,7 +158,80 @@ def test_packed_rows_show_their_documents(tiny: Path, kdtune: Run) -> None:
     )
     assert "-- document 2: " in out
     batches = fact(out, "batches")
-    assert re.match(r"\d rows of 10 documents in .* filled up to the longest row of each micro-batch, ", batches)
+    assert re.match(r"\d rows of 10 documents in 1 step of an epoch; .*% of max_seq_len filled, .*% padding$", batches)
+
+
+def test_packed_rows_are_as_full_as_the_run_says(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    packed = argv(tiny, "dataset.packed=true", "tokenizer.max_seq_len=128")
+    told = kdtune("run", *packed[1:], f"output_dir={tmp_path}", "--dry-run")[1]
+    ((num_rows, fill),) = re.findall(r"packed into 128 x (\d+) rows an epoch, (\S+%) filled", told)
+    batches = fact(kdtune(*packed)[1], "batches")
+    assert batches.startswith(f"{num_rows} rows of 10 documents in ")
+    assert f"; {fill} of max_seq_len filled, " in batches
+
+
+def table(out: str) -> list[dict[str, str]]:
+    """The sources of a blend."""
+    header, *lines = re.findall(r"^source  .*\n(?:.+\n)*", out, re.MULTILINE)[0].splitlines()
+    return [dict(zip(header.split(), line.split(), strict=True)) for line in lines]
+
+
+@pytest.mark.parametrize("steps", [["epochs=2"], ["max_steps=1"], ["dataset.packed=true"]])
+def test_sources_of_a_blend(steps: list[str], tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    """Shares and epochs are those that the run logs."""
+    short = rows_file(tmp_path / "short.jsonl", *[("a b", "c")] * 4, ("none", ""))
+    blend = ["dataset.source=null", "dataset.format=instruct"]
+    for name, source, weight in (("long", tiny / "rows.jsonl", 1), ("short", short, 3)):
+        section = f"dataset.sources.{name}"
+        blend += [f"{section}.source={source}", f"{section}.format=completion", f"{section}.weight={weight}"]
+    blend += ["dataset.sources.short.on_error=skip", *steps]
+    rows = table(kdtune(*argv(tiny, *blend))[1])
+    assert [(row["source"], row["draws"]) for row in rows] == [("long", "25.0%"), ("short", "75.0%")]
+    counts = [[row[key] for key in ("rows", "lost", "cut", "examples")] for row in rows]
+    assert counts == [["10", "0", "0", "10"], ["5", "1", "0", "4"]]
+    tokenizer = tokenizers.load(tiny / "student")
+    num_answer = len(tokenizer.encode("c", continues=True)) + 1
+    num_tokens = len(tokenizer.encode("a b")) + num_answer - 1
+    assert (rows[1]["tokens"], rows[1]["labelled"]) == (str(4 * num_tokens), str(4 * num_answer))
+
+    tiny_runs.finetune(tiny, tmp_path / "run", *blend)
+    last = tiny_runs.steps(tmp_path / "run")[-1]
+    epochs = [last["epochs/long"], last["epochs/short"]]
+    assert [float(row["epochs"]) for row in rows] == pytest.approx(epochs, abs=0.006)
+    labels = [number * int(row["labelled"]) for number, row in zip(epochs, rows, strict=True)]
+    shares = [float(row["labels"].rstrip("%")) / 100 for row in rows]
+    assert shares == pytest.approx([number / sum(labels) for number in labels], abs=0.001)
+
+
+def test_sources_to_validate_on(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    blend = []
+    for name in "ab":
+        blend += [f"dataset_val.sources.{name}.{key}" for key in (f"source={tiny / 'rows.jsonl'}", "format=completion")]
+    arguments = argv(tiny, *blend, "dataset_val.sources.a.split=[:3]", "--val")
+    rows = table(kdtune(*arguments)[1])
+    assert [(row["source"], row["rows"], "epochs" in row) for row in rows] == [("a", "3", False), ("b", "10", False)]
+    path = tmp_path / "look.html"
+    kdtune(*arguments, "--html", str(path))
+    text = path.read_text(encoding="utf-8")
+    assert '<tr><th scope="row">b</th><td>10</td><td>0</td><td>0</td><td>10</td>' in text
+    Page(text)
+
+
+def test_warnings_come_once_and_last(tiny: Path, kdtune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = tokenizers.load
+
+    def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+        for _ in range(2):
+            warnings.warn("odd \x1b[2J rows", stacklevel=1)
+        return load(folder)
+
+    monkeypatch.setattr(tokenizers, "load", load_tokenizer)
+    status, _, err = kdtune(*argv(tiny))
+    assert (status, err) == (0, "warning: odd \\x1b[2J rows\n")
+    path = tmp_path / "look.html"
+    assert kdtune(*argv(tiny, "--html", str(path)))[2] == err
+    assert '<p class="warning">odd \\x1b[2J rows</p>' in path.read_text(encoding="utf-8")
+    assert kdtune(*argv(tiny, "dataset.source=nowhere.jsonl"))[2].startswith(err + "kdtune: error: ")
 
 
 def test_validation_rows(tiny: Path, kdtune: Run) -> None:
@@ -177,12 +251,15 @@ def test_rows_and_start(tiny: Path, kdtune: Run) -> None:
     every = bodies(kdtune(*argv(tiny, "--rows", "99"))[1])
     assert bodies(kdtune(*argv(tiny))[1]) == every[:3]
     assert bodies(kdtune(*argv(tiny, "--rows", "2", "--start", "9"))[1]) == every[8:10]
-    assert bodies(kdtune(*argv(tiny, "--rows", "0", "--start", "99"))[1]) == []
-    assert "--start 11: there are 10 rows in 3 steps of an epoch." in kdtune(*argv(tiny, "--start", "11"))[2]
+    assert bodies(kdtune(*argv(tiny, "--rows", "0"))[1]) == []
+    assert (
+        "--start 11: there are 10 rows in 3 steps of an epoch, counted from 1."
+        in kdtune(*argv(tiny, "--start", "11"))[2]
+    )
     ended = kdtune(*argv(tiny, "--start", "9", "max_steps=2"))[2]
-    assert "--start 9: there are 8 rows in 2 steps of the run." in ended
+    assert "--start 9: there are 8 rows in 2 steps of the run," in ended
     validation = [*tiny_runs.validated_on(tiny), "--val"]
-    assert "--start 4: there are 3 rows in 2 batches." in kdtune(*argv(tiny, *validation, "--start", "4"))[2]
+    assert "--start 4: there are 3 rows in 2 batches," in kdtune(*argv(tiny, *validation, "--start", "4"))[2]
 
 
 def test_no_model_is_read(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
@@ -201,6 +278,7 @@ def test_no_model_is_read(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
         (["--rows", "-1"], "--rows -1"),
         (["--rows", "x"], "argument --rows: invalid int value: 'x'"),
         (["--start", "0"], "--start 0: rows are counted from 1."),
+        (["--start", "2", "--rows", "0"], "--start 2 is the first row to show, and --rows 0 shows none."),
         (["--html", "rows.jsonl"], "give a file that ends in .html"),
         (["--html", "no/such/folder/a.html"], "a folder that exists"),
         (["--row", "3"], "Did you mean --rows?"),
@@ -303,7 +381,7 @@ def test_messages_hold_no_escape_sequences(kdtune: Run, shipped: Path) -> None:
 def test_a_stream_without_unicode(tiny: Path, kdtune: Run) -> None:
     token = view.Token
     document = view.Document([token("é\n", (1,), False, False), token("</s>", (2,), True, True)], 1, 1, "")
-    looked = command.View("t", [view.Row(1, "step 1", [document])], [], [view.Bin(1, 10, 3)], "", "")
+    looked = command.View("t", [view.Row(1, "step 1", [document])], [], [], [view.Bin(1, 10, 3)], "", "")
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii", newline="\n")
     data_text.write(looked, stream)
@@ -482,10 +560,17 @@ def test_a_page_shows_packed_documents(tiny: Path, kdtune: Run, tmp_path: Path) 
 def test_titles_and_places_are_escaped() -> None:
     document = view.Document([view.Token("a", (1,), False, False)], 1, 0, "<b>")
     looked = command.View(
-        "<i>", [view.Row(1, "step 1", [document])], [("<u>", "<s>")], [view.Bin(1, 2, 1)], "<p>", "<q>"
+        "<i>",
+        [view.Row(1, "step 1", [document])],
+        [("<u>", "<s>")],
+        [["<em>"], ["<tt>"]],
+        [view.Bin(1, 2, 1)],
+        "<b>",
+        "<q>",
+        ["<b>"],
     )
     text = data_page.render(looked)
-    for tag in ("<b>", "<i>", "<u>", "<s>", "<q>"):
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<q>", "<em>", "<tt>"):
         assert tag not in text
 
 

@@ -359,12 +359,12 @@ def test_grouping_leaves_little_padding(batch_size: int, accumulation: int, boun
     loader = Loader(examples, **sizes)
     said = loader.summary()
     found = padding(loader)
-    assert said == f"{found:.1%} padding"
+    assert said == f"{found:.1%} padding in an epoch"
     assert found < bound
     random_loader = Loader(examples, group_by_length=False, **sizes)
     said = random_loader.summary()
     found = padding(random_loader)
-    assert said == f"{found:.1%} padding"
+    assert said == f"{found:.1%} padding in an epoch"
     assert found > 2 * bound
 
 
@@ -383,7 +383,9 @@ def test_a_packed_summary_says_the_fill() -> None:
     rows = sum(len(loader.next_step()[0].tokens) for _ in range(loader.steps_per_epoch))
     assert loader.summary().startswith("packed into 384 x ")
     loader = Loader(examples, batch_size=4, packed=True)
-    assert loader.summary() == f"packed into 384 x {rows:,} rows, {examples.num_tokens / rows / 384:.1%} filled"
+    assert (
+        loader.summary() == f"packed into 384 x {rows:,} rows an epoch, {examples.num_tokens / rows / 384:.1%} filled"
+    )
 
 
 @pytest.mark.parametrize(

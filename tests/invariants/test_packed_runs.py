@@ -242,7 +242,7 @@ def test_a_recipe_s_step_does_not_depend_on_packing(
     ]
     printed = capsys.readouterr().out
     assert "% padding" in printed
-    assert "packed into 128 x 4 rows, 80.9% filled" in printed
+    assert "packed into 128 x 4 rows an epoch, 80.9% filled" in printed
     for line, expected in zip(*(tiny_runs.numbers(run) for run in runs[::-1]), strict=True):
         assert line == pytest.approx(expected, rel=1e-6)  # metrics are summed in float32
     expected_weights, found_weights = (tiny_runs.weights(run / "model") for run in runs)
