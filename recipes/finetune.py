@@ -200,7 +200,7 @@ class Inputs:
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader | data.StreamLoader
-    val_batches: dict[str, list[data.Batch]]  # of each source; empty without dataset_val
+    val_batches: dict[str, data.ValBatches]  # of each source; empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
     lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
@@ -257,7 +257,7 @@ def check(cfg: Config) -> Inputs:
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
     preflight.check_disk_space(output_dir, memory.disk(model, dtype, save_dtype, cfg.save_every_n_steps > 0))
 
-    loaded = load_data(cfg, tokenizer)
+    loaded = load_data(cfg, tokenizer, model.vocab_size)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 
@@ -284,25 +284,26 @@ def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
     return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir)
 
 
-def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer) -> data.RunData:
-    """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see."""
-    examples = data.load_or_stream(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len)
-    examples_val, val_batches = None, {}
-    if cfg.dataset_val is not None:
-        examples_val = data.load(cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val")
-        val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
-    loader = data.make_loader(
-        examples,
+def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
+    """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see.
+
+    Args:
+        vocab_size: ids that the model has; None: as many as the tokenizer.
+    """
+    return data.load_run(
+        cfg.dataset,
+        cfg.dataset_val,
+        tokenizer,
+        cfg.tokenizer.max_seq_len,
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        epochs=cfg.epochs,
         max_steps_per_epoch=cfg.max_steps_per_epoch,
+        max_steps=cfg.max_steps,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
-        packed=cfg.dataset.packed,
-        group_by_length=cfg.dataset.group_by_length,
+        vocab_size=vocab_size,
     )
-    num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
-    return data.RunData(loader, num_steps, examples_val, val_batches)
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:
@@ -324,7 +325,7 @@ def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, fl
     """Mean over the labelled tokens of the validation rows, in nats; of a blend also of each: val_loss/<name>."""
     found = {}
     for source, batches in inputs.val_batches.items():
-        loss_sum, num_tokens = torch.zeros((), device=inputs.device), data.count_labels(batches)
+        loss_sum, num_tokens = torch.zeros((), device=inputs.device), batches.num_labels
         for batch in batches:
             batch = batch.to(inputs.device)
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]

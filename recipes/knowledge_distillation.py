@@ -231,7 +231,7 @@ class Inputs:
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader | data.StreamLoader
-    val_batches: dict[str, list[data.Batch]]  # of each source; empty without dataset_val
+    val_batches: dict[str, data.ValBatches]  # of each source; empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
     lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
     resume_from: Path | None  # checkpoint of this run
@@ -325,27 +325,22 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | No
     """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see.
 
     Args:
-        vocab_size: ids that the models have; None: they are not looked at.
+        vocab_size: ids that the models have; None: as many as the tokenizer.
     """
-    examples = data.load_or_stream(cfg.dataset, tokenizer, cfg.tokenizer.max_seq_len, vocab_size=vocab_size)
-    examples_val, val_batches = None, {}
-    if cfg.dataset_val is not None:
-        examples_val = data.load(
-            cfg.dataset_val, tokenizer, cfg.tokenizer.max_seq_len, name="dataset_val", vocab_size=vocab_size
-        )
-        val_batches = data.val_batches(examples_val, cfg.batch_size, cfg.dataset_val)
-    loader = data.make_loader(
-        examples,
+    return data.load_run(
+        cfg.dataset,
+        cfg.dataset_val,
+        tokenizer,
+        cfg.tokenizer.max_seq_len,
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        epochs=cfg.epochs,
         max_steps_per_epoch=cfg.max_steps_per_epoch,
+        max_steps=cfg.max_steps,
         shuffle=cfg.shuffle,
         seed=cfg.seed,
-        packed=cfg.dataset.packed,
-        group_by_length=cfg.dataset.group_by_length,
+        vocab_size=vocab_size,
     )
-    num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
-    return data.RunData(loader, num_steps, examples_val, val_batches)
 
 
 def objective(
@@ -384,7 +379,7 @@ def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Live
     """Means over the labelled tokens of the validation rows; of a blend also of each source: val_ce_loss/<name>."""
     return metrics.pool(
         {
-            source: (evaluate(cfg, inputs, batches, student, teacher), data.count_labels(batches))
+            source: (evaluate(cfg, inputs, batches, student, teacher), batches.num_labels)
             for source, batches in inputs.val_batches.items()
         }
     )
@@ -415,7 +410,8 @@ def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
     first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size))
     values = evaluate(cfg, inputs, [first_batch], student, teacher)
-    print(f"teacher check on {cfg.batch_size} rows: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
+    num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
+    print(f"teacher check on {num_rows}: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
     print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
 
 

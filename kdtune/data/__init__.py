@@ -1,18 +1,19 @@
 """Rows of any common form to batches of tokens and labels.
 
-`load(cfg, tokenizer, max_seq_len)` reads and tokenises a data set once (`Examples`); `Loader` deals it out in
-optimizer steps, shuffled and resumable; `batches` goes through it in order. Labels are shifted here and nowhere else:
-the label at position i is the token at i + 1, or IGNORE.
+`load_run` makes of a recipe's settings what its run reads. Of its parts, `load(cfg, tokenizer, max_seq_len)` reads and
+tokenises a data set once (`Examples`, or a blend of several), and `Loader` deals it out in optimizer steps, shuffled
+and resumable; `Stream` and `StreamLoader` do so with rows too many to look at first. Labels are shifted here and
+nowhere else: the label at position i is the token at i + 1, or IGNORE.
 """
 
 from kdtune.data.batch import IGNORE, Batch, collate, collate_packed, count_labels
 from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
-from kdtune.data.loader import Loader, batches, val_batches
+from kdtune.data.loader import Loader, ValBatches, batches
 from kdtune.data.prepare import load
-from kdtune.data.run import RunData
-from kdtune.data.stream import Stream, StreamLoader, load_or_stream, make_loader
+from kdtune.data.run import RunData, load_run
+from kdtune.data.stream import Stream, StreamLoader
 
 __all__ = [
     "IGNORE",
@@ -23,13 +24,12 @@ __all__ = [
     "RunData",
     "Stream",
     "StreamLoader",
+    "ValBatches",
     "batches",
     "collate",
     "collate_packed",
     "count_labels",
     "load",
-    "load_or_stream",
-    "make_loader",
+    "load_run",
     "trained_template",
-    "val_batches",
 ]

@@ -29,29 +29,19 @@ class Blend:
         weights: [s], shares of the draws, which add up to 1.
     """
 
-    def __init__(self, name: str, sources: Mapping[str, Examples], weights: Mapping[str, float | None]) -> None:
+    def __init__(self, name: str, sources: Mapping[str, Examples], weights: Mapping[str, float] | None) -> None:
         """
         Args:
             name: for messages.
             sources: at least one, each with an example, of the same max_seq_len.
-            weights: relative to each other; None for all of them: the number of examples, so that an epoch holds every
-                example once.
-
-        Raises:
-            ValueError: a weight for some and not for others.
+            weights: relative to each other; None: the number of examples, so that an epoch holds every example once.
         """
-        without = [source for source in sources if weights[source] is None]
-        if without and len(without) < len(sources):
-            raise ValueError(
-                f"{name}.sources.{without[0]} has no weight, and others have one. Give all of them a weight, or none: "
-                "then each has as many draws as examples."
-            )
         self.name = name
         self.sources = dict(sources)
         (self.max_seq_len,) = {examples.max_seq_len for examples in sources.values()}
         self._sizes = np.array([len(examples) for examples in sources.values()])
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
-        given = self._sizes if without else np.array([weights[source] for source in sources], float)
+        given = self._sizes if weights is None else np.array([weights[source] for source in sources], float)
         self.weights = given / given.sum()
 
     def __len__(self) -> int:
@@ -62,10 +52,6 @@ class Blend:
             raise IndexError(f"example {i} of {len(self)}")
         source = int(self.source_of(np.array([i]))[0])
         return list(self.sources.values())[source][i - int(self._starts[source])]
-
-    def length(self, i: int) -> int:
-        """Positions of example i."""
-        return int(self.lengths[i])
 
     @cached_property
     def lengths(self) -> np.ndarray:

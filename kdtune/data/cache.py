@@ -15,10 +15,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,22 @@ from kdtune.data.examples import Counts, Examples, Part, example_ids
 from kdtune.data.rows import Rows
 from kdtune.tokenizers import Tokenizer
 
-FORMAT = 1  # of the files in a folder
+FORMAT = 2  # of the files in a folder
 META = "meta.json"
 _COLUMNS = {"tokens": np.int32, "is_label": np.bool_, "offsets": np.int64, "ids": np.uint64}
 _HEADER_SIZE = 128
 _END_SIZE = 2**16
 _NUM_CHECKED = 256  # examples whose ids are computed again when a set is opened
+_ASIDE = re.compile(r"\..+-[0-9a-f]{16}\.\d+\.\d+")  # .set.process.nanoseconds
+_ASIDE_AGE = 24 * 3600  # seconds without a change, after which nobody writes there any more
 
-# Settings that change where and how tokens are made or dealt out, but not which they are. A setting that is not named
-# here makes another set.
+# Settings that change where and how tokens are made or dealt out, but not which they are; the chat template is part of
+# the tokenizer. A setting that is not named here makes another set.
 _NO_TOKENS = (
     "source",
     "sources",
     "weight",
+    "chat_template",
     "num_workers",
     "cache_dir",
     "packed",
@@ -59,7 +64,15 @@ class Damaged(ValueError):
 def key(
     cfg: SourceConfig, rows: Rows, tokenizer: Tokenizer, max_seq_len: int, vocab_size: int | None
 ) -> dict[str, Any]:
-    """All that the tokens of a set depend on, as json can hold it."""
+    """All that the tokens of a set depend on, as json can hold it.
+
+    Args:
+        cfg: the settings of the rows.
+        rows: where they are.
+        tokenizer: with the chat template that the settings name.
+        max_seq_len: inputs of an example.
+        vocab_size: rows with ids from this on are left out; None: none are.
+    """
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _NO_TOKENS}
     files = [_identity(file) for file in rows.files]
     return {
@@ -99,10 +112,9 @@ def write(folder: Path, key: dict[str, Any], parts: Iterable[Part]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    if folder.parent.exists() and not folder.parent.is_dir():
-        raise NotADirectoryError(f"cache_dir {folder.parent} is a file. Give a folder, which may not exist yet.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
+    _sweep(folder.parent)
+    aside = _aside(folder)
     aside.mkdir()
     try:
         counts, sizes = _write_columns(aside, parts)
@@ -167,9 +179,12 @@ def read(folder: Path, key: dict[str, Any], name: str, max_seq_len: int) -> Exam
         Damaged: a file is missing, cut off or changed. `remove` makes room for another.
         ValueError: the folder holds something else.
     """
-    if not folder.exists():
+    try:
+        strangers = sorted({entry.name for entry in folder.iterdir()} - _names())
+    except FileNotFoundError:
         return None
-    strangers = sorted({entry.name for entry in folder.iterdir()} - _names()) if folder.is_dir() else ["a file"]
+    except NotADirectoryError:
+        strangers = ["a file"]
     if strangers:
         raise ValueError(
             f"{folder} holds what kdtune did not write there: {', '.join(strangers[:5])}. Its name is that of the "
@@ -182,7 +197,12 @@ def read(folder: Path, key: dict[str, Any], name: str, max_seq_len: int) -> Exam
         raise Damaged(f"{folder / META} cannot be read ({type(error).__name__}: {error})") from None
     if found != json.loads(json.dumps(key)):
         raise Damaged(f"{folder / META} describes other rows than its folder's name")
-    arrays = {column: _map(folder / f"{column}.npy", dtype, sizes.get(column)) for column, dtype in _COLUMNS.items()}
+    try:
+        arrays = {
+            column: _map(folder / f"{column}.npy", dtype, sizes.get(column)) for column, dtype in _COLUMNS.items()
+        }
+    except FileNotFoundError as error:  # another process is removing the set
+        raise Damaged(f"{error.filename} is gone") from None
     examples = Examples(name, max_seq_len, **arrays, counts=counts)
     _check(folder, examples)
     return examples
@@ -220,7 +240,29 @@ def _check(folder: Path, examples: Examples) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a damaged set: the files that kdtune writes, and the folder."""
+    """Deletes a damaged set. It loses its name first, so that no other process finds a part of it."""
+    aside = _aside(folder)
+    with suppress(FileNotFoundError):  # another process was faster
+        os.rename(folder, aside)
+        _delete(aside)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Deletes what killed writers left. They may have been on another machine: age alone tells that they are gone."""
+    for folder in cache_dir.iterdir():
+        if _ASIDE.fullmatch(folder.name):
+            with suppress(OSError):  # another process deletes it, too, or it is another user's
+                newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+                if time.time() - newest > _ASIDE_AGE:
+                    _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """The files that kdtune writes, and the folder."""
     for name in _names():
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()

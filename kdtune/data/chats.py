@@ -36,7 +36,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 DATE = datetime(2024, 7, 26)
 
 Message = dict[str, Any]
-Part = tuple[str, bool]  # text, and whether the assistant said it
+Piece = tuple[str, bool]  # text, and whether the assistant said it
 Encoded = list[tuple[list[int], list[bool]]]  # examples of one row: tokens, and whether each is to be predicted
 Labelled = Literal["answers", "last", "all"]  # the assistant's turns, its last one, or everything
 
@@ -44,7 +44,7 @@ Labelled = Literal["answers", "last", "all"]  # the assistant's turns, its last 
 class Turns(NamedTuple):
     """A row of messages as text."""
 
-    conversations: list[list[Part]]  # the parts' concatenation is the rendered text; none if nobody answers
+    conversations: list[list[Piece]]  # the pieces' concatenation is the rendered text; none if nobody answers
     is_marked: bool  # the template itself marks what the assistant says, to the character
 
 
@@ -174,9 +174,18 @@ def encode_turns(turns: Turns, tokenizer: Tokenizer) -> Encoded:
     return encoded
 
 
-def with_template(tokenizer: Tokenizer, cfg: SourceConfig) -> Tokenizer:
-    """The tokenizer with the chat template that the settings name, or as it is."""
-    return tokenizer if cfg.chat_template is None else tokenizer.with_chat_template(cfg.chat_template)
+def with_template(tokenizer: Tokenizer, cfg: SourceConfig, section: str) -> Tokenizer:
+    """The tokenizer with the chat template that the settings name, or as it is.
+
+    Raises:
+        ValueError: there is no such template, or it does not fit the tokenizer.
+    """
+    if cfg.chat_template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_chat_template(cfg.chat_template)
+    except ValueError as error:
+        raise ValueError(f"{section}.chat_template: {error}") from None
 
 
 def check_stop(tokenizer: Tokenizer) -> int | None:
@@ -219,15 +228,15 @@ def trained_template(
                 f"{name}.sources.{label}": source for label, source in cfg.sources.items()
             }
             sections.update(sources or {name: cfg})
-    named = {name: source.chat_template for name, source in sections.items() if source.format == "chat"}
-    if len(set(named.values())) > 1:
-        found = ", ".join(f"{name}.chat_template={template or 'null'}" for name, template in named.items())
+    chats = {name: source for name, source in sections.items() if source.format == "chat"}
+    if len({source.chat_template for source in chats.values()}) > 1:
+        found = ", ".join(f"{name}.chat_template={source.chat_template or 'null'}" for name, source in chats.items())
         raise ValueError(f"{found}: but a model has one template. Name the same in each.")
-    template = next(iter(named.values()), None)
-    if template is None:
-        return None
-    tokenizer = tokenizer.with_chat_template(template)
-    return ChatTemplate(tokenizer.chat_templates["default"], check_stop(tokenizer))
+    for name, source in chats.items():
+        if source.chat_template is not None:
+            tokenizer = with_template(tokenizer, source, name)
+            return ChatTemplate(tokenizer.chat_templates["default"], check_stop(tokenizer))
+    return None
 
 
 def _length_to_stop(ids: list[int], tokenizer: Tokenizer) -> int:
@@ -255,7 +264,7 @@ def _render(
 
 def _split_by_rendering(
     messages: Sequence[Message], answers: Sequence[int], whole: str, render: Callable[..., Rendered]
-) -> list[list[Part]]:
+) -> list[list[Piece]]:
     turns = []  # start of the answer, and the text up to its end
     for i in answers:
         try:
@@ -269,8 +278,8 @@ def _split_by_rendering(
     return [[(text[:start], False), (text[start:], True)] for start, text in turns]
 
 
-def _cut(text: str, answers: Sequence[tuple[int, int]]) -> list[Part]:
-    parts: list[Part] = []
+def _cut(text: str, answers: Sequence[tuple[int, int]]) -> list[Piece]:
+    parts: list[Piece] = []
     position = 0
     for start, end in answers:
         parts += [(text[position:start], False), (text[start:end], True)]

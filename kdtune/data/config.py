@@ -35,7 +35,8 @@ class SourceConfig:
 class WeightedSourceConfig(SourceConfig):
     """One of several sources."""
 
-    weight: float | None = setting(None, gt=0)  # of its draws, relative to the others'; null for all: as many as it has
+    # of its draws, relative to the others'; null for all: as many as it has; dataset_val has no weights
+    weight: float | None = setting(None, gt=0)
 
 
 @dataclass
@@ -45,8 +46,10 @@ class DatasetConfig(SourceConfig):
     sources: dict[str, WeightedSourceConfig] = setting({})  # several sources by names of one's own, instead of source
     packed: bool = False  # several documents in a row of tokenizer.max_seq_len, none of which sees another
     group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed
-    streaming: bool = False  # tokenise rows as training asks for them, for max_steps steps; false: all before the run
-    shuffle_buffer: int = setting(10_000, gt=0)  # streaming: examples among which the next one is chosen at random
+    # tokenise rows as training asks for them, for max_steps steps; false, as dataset_val needs it: all before the run
+    streaming: bool = False
+    # streaming: examples among which the next one is chosen at random; null: 10,000
+    shuffle_buffer: int | None = setting(None, gt=0)
 
     @property
     def has_chats(self) -> bool:

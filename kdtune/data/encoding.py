@@ -8,19 +8,27 @@ from typing import Any, final
 
 import numpy as np
 
+from kdtune.data.chats import with_template
 from kdtune.data.config import SourceConfig
 from kdtune.data.examples import Encoded, Part, PartBuilder, TooLong, whole_documents
-from kdtune.data.formats import row_encoder
+from kdtune.data.formats import DOCUMENTS, check_settings, row_encoder
 from kdtune.data.rows import BadRow, Row
 from kdtune.tokenizers import Tokenizer
 
-# Formats whose rows are documents: every token of them is read for its own sake.
-_DOCUMENTS = ("text", "tokens")
+
+def too_long(cfg: SourceConfig) -> TooLong:
+    """What becomes of rows above max_seq_len, if the settings leave it open, too."""
+    return cfg.too_long or ("split" if cfg.format in DOCUMENTS else "truncate")
 
 
 @final
 class RowEncoder:
-    """Turns rows into examples. It can be sent to other processes."""
+    """Turns rows into examples. It can be sent to other processes.
+
+    Attributes:
+        tokenizer: with the chat template that the settings name.
+        vocab_size: what all ids have to be below.
+    """
 
     def __init__(
         self, cfg: SourceConfig, tokenizer: Tokenizer, max_seq_len: int, name: str, vocab_size: int | None
@@ -37,28 +45,19 @@ class RowEncoder:
             ValueError: settings that do not fit the format, or a tokenizer that lacks what the format needs.
         """
         self._arguments = (cfg, tokenizer, max_seq_len, name, vocab_size)
+        check_settings(cfg, name)
+        self.tokenizer = with_template(tokenizer, cfg, name)
+        self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         try:
-            self._encode = row_encoder(cfg, tokenizer)
+            self._encode = row_encoder(cfg, self.tokenizer, name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self._name = name
         self._on_error = cfg.on_error
-        self._is_text = cfg.format in _DOCUMENTS
+        self._is_text = cfg.format in DOCUMENTS
         self._join_documents = cfg.join_documents
         self._max_seq_len = max_seq_len
-        self._too_long: TooLong = cfg.too_long or ("split" if self._is_text else "truncate")
-        self._tokenizer = tokenizer
-        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-        if cfg.join_documents and not self._is_text:
-            raise ValueError(
-                f"{name}.join_documents=true is for format=text and tokens: a row of format={cfg.format} is an example "
-                f"for itself. Leave it out; {name}.packed=true puts several into a row that do not see each other."
-            )
-        if cfg.join_documents and cfg.too_long:
-            raise ValueError(
-                f"{name}.join_documents=true cuts all documents into full rows, so that too_long={cfg.too_long} says "
-                "nothing. Leave one of them out."
-            )
+        self._too_long = too_long(cfg)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, self._arguments
@@ -74,6 +73,7 @@ class RowEncoder:
         for row in rows:
             try:
                 encoded = self._encode_row(row)
+                highest = self._highest_id(encoded)
             except ValueError as error:
                 kind = error.kind if isinstance(error, BadRow) else "refused"
                 message = str(error) if row.error else f"{row.place}: {error}"
@@ -82,6 +82,7 @@ class RowEncoder:
                     raise BadRow(kind, f"{self._name}: {message} ({hint})") from None
                 builder.counts.skip(kind, message)
                 continue
+            builder.counts.max_id = max(builder.counts.max_id, highest)
             if self._join_documents:
                 documents.append(encoded)
             else:
@@ -94,19 +95,23 @@ class RowEncoder:
         encoded = self._encode(row.columns)
         if not encoded and not self._is_text:
             raise BadRow("empty answer", "there is no answer, or it is empty, so that there is nothing to learn.")
-        for tokens, _ in encoded:
-            ids = np.asarray(tokens, np.int64)
-            lowest, highest = int(ids.min(initial=0)), int(ids.max(initial=0))
-            if lowest < 0 or highest >= self._vocab_size:
-                raise BadRow("id outside of the vocabulary", self._outside(lowest if lowest < 0 else highest))
         return encoded
 
-    def _outside(self, id: int) -> str:
-        piece = self._tokenizer.piece(id) if id in self._tokenizer.ids() else None
+    def _highest_id(self, encoded: Encoded) -> int:
+        arrays = [np.asarray(tokens, np.int64) for tokens, _ in encoded]
+        lowest = min((int(ids.min(initial=0)) for ids in arrays), default=0)
+        highest = max((int(ids.max(initial=0)) for ids in arrays), default=0)
+        if lowest < 0 or highest >= self.vocab_size:
+            raise BadRow("id outside of the vocabulary", f"it has {self.outside(lowest if lowest < 0 else highest)}")
+        return highest
+
+    def outside(self, id: int) -> str:
+        """What to say of an id that the models do not have."""
+        piece = self.tokenizer.piece(id) if id in self.tokenizer.ids() else None
         what = f"the id {id}" if piece is None else f"the token {piece!r} with id {id}"
         return (
-            f"it has {what}, but the models have {self._vocab_size} ids. Tokenizer and models do not belong together, "
-            "or the row holds a special token that they were not built with."
+            f"{what}, but the models have {self.vocab_size} ids. Tokenizer and models do not belong together, or the "
+            "row holds a special token that they were not built with."
         )
 
 

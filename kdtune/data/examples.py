@@ -27,6 +27,7 @@ class Counts:
 
     num_rows: int = 0  # read
     num_labels: int = 0  # tokens to be predicted
+    max_id: int = 0  # the largest in them, before they were cut
     num_truncated: int = 0  # rows longer than max_seq_len, of which the beginning is left
     num_split: int = 0  # rows longer than max_seq_len, cut into several examples
     num_too_long: int = 0  # rows longer than max_seq_len, left out as far as they were
@@ -37,6 +38,7 @@ class Counts:
     def add(self, other: Counts) -> None:
         self.num_rows += other.num_rows
         self.num_labels += other.num_labels
+        self.max_id = max(self.max_id, other.max_id)
         self.num_truncated += other.num_truncated
         self.num_split += other.num_split
         self.num_too_long += other.num_too_long
@@ -52,6 +54,15 @@ class Counts:
     @property
     def num_skipped(self) -> int:
         return sum(self.skipped.values())
+
+    def kinds(self) -> str:
+        """How many were skipped for what."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.skipped.items()))
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: 1 row, 2 rows."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 class Part(NamedTuple):
@@ -115,10 +126,6 @@ class Examples:
         is_label = torch.from_numpy(self.is_label[start + 1 : stop].astype(bool))
         return tokens[:-1], torch.where(is_label, tokens[1:], IGNORE)
 
-    def length(self, i: int) -> int:
-        """Positions of example i."""
-        return int(self.offsets[i + 1] - self.offsets[i]) - 1
-
     @cached_property
     def lengths(self) -> np.ndarray:
         """[n] int64, positions of each example."""
@@ -128,16 +135,6 @@ class Examples:
     def num_rows(self) -> int:
         """Rows read; len() is smaller where rows were dropped, greater where a row makes several examples."""
         return self.counts.num_rows
-
-    @property
-    def num_truncated(self) -> int:
-        """Rows that were longer than max_seq_len."""
-        return self.counts.num_truncated
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows in which nothing has a label, as read or after truncation."""
-        return self.counts.num_dropped
 
     @property
     def num_tokens(self) -> int:
@@ -163,24 +160,20 @@ class Examples:
     def summary(self) -> str:
         """One line: how much there is, and what was cut, dropped or skipped."""
         counts = self.counts
-        parts = [f"{self.name}: {self.num_rows:,} rows"]
+        parts = [f"{self.name}: {counted(self.num_rows, 'row')}"]
         if len(self) != self.num_rows - counts.num_dropped - counts.num_too_long - counts.num_skipped:
-            parts.append(f"{len(self):,} examples")
+            parts.append(counted(len(self), "example"))
         share = self.num_labels / self.num_tokens
         longest = self.lengths.max()
         parts.append(f"{self.num_tokens:,} tokens ({share:.0%} with a label), longest {longest:,}")
-        if counts.num_truncated:
-            parts.append(f"{counts.num_truncated:,} rows truncated to {self.max_seq_len:,} tokens")
-        if counts.num_split:
-            parts.append(f"{counts.num_split:,} rows split into examples of {self.max_seq_len:,} tokens")
-        if counts.num_too_long:
-            parts.append(f"{counts.num_too_long:,} rows dropped (longer than {self.max_seq_len:,} tokens)")
-        if counts.num_dropped:
-            parts.append(f"{counts.num_dropped:,} rows dropped (nothing in them has a label)")
-        if counts.skipped:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.skipped.items()))
-            parts.append(f"{counts.num_skipped:,} rows skipped ({kinds}; the first: {counts.places[0]})")
-        return ", ".join(parts)
+        fates = (
+            (counts.num_truncated, f"truncated to {self.max_seq_len:,} tokens"),
+            (counts.num_split, f"split into examples of {self.max_seq_len:,} tokens"),
+            (counts.num_too_long, f"dropped (longer than {self.max_seq_len:,} tokens)"),
+            (counts.num_dropped, "dropped (nothing to predict)"),
+            (counts.num_skipped, f"skipped ({counts.kinds()}; the first: {''.join(counts.places[:1])})"),
+        )
+        return ", ".join(parts + [f"{counted(number, 'row')} {fate}" for number, fate in fates if number])
 
 
 @final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, final
 
@@ -11,9 +11,8 @@ import numpy as np
 
 from kdtune.data.batch import Batch, collate, collate_packed, without_labels
 from kdtune.data.blend import Blend
-from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
-from kdtune.data.packing import Rows, pack
+from kdtune.data.packing import RowPlan, pack
 
 # Steps whose rows are sorted by length together. With 16, four rows of GSM8K waste 3% of their positions instead of
 # 27% (docs/data.md); more would save little and make the lengths of a step less random.
@@ -60,22 +59,20 @@ class Loader:
             num_ranks: how many they are.
 
         Raises:
-            ValueError: no examples, or group_by_length where it says nothing.
+            ValueError: no examples, or settings that `check_order` refuses.
         """
         if len(examples) == 0:
             raise ValueError(f"{examples.name} has no examples.")
-        if group_by_length and not shuffle:
-            raise ValueError(
-                f"{examples.name}.group_by_length=true puts rows of similar length into a step, and shuffle=false "
-                "keeps them in the order in which they were read. Leave one of them out."
-            )
-        if max_steps_per_epoch and isinstance(examples, Blend):
-            raise ValueError(
-                f"max_steps_per_epoch={max_steps_per_epoch} would leave out what an epoch of {examples.name}.sources "
-                "still has to draw, so that a source would skip rows. Leave it out; max_steps ends the run."
-            )
+        check_order(
+            examples.name,
+            packed=packed,
+            group_by_length=group_by_length,
+            shuffle=shuffle,
+            max_steps_per_epoch=max_steps_per_epoch,
+            is_blend=isinstance(examples, Blend),
+        )
         self.examples = examples
-        self._group_by_length = _groups(group_by_length, packed, examples.name) and shuffle
+        self._group_by_length = shuffle and not packed if group_by_length is None else group_by_length
         self._batch_size = batch_size
         self._step_size = batch_size * gradient_accumulation_steps * num_ranks  # rows of a step, of all ranks
         self._max_steps_per_epoch = max_steps_per_epoch or sys.maxsize
@@ -183,48 +180,39 @@ class Loader:
             ValueError: the data, their order, or the size of a step or of an epoch changed: examples would be repeated
                 or left out, or the number of steps would no longer stand for as many examples.
         """
+        name = self.examples.name
         if "position" not in state:
             raise ValueError(
-                f"cannot continue in {self.examples.name}: the checkpoint is of a run with {self.examples.name}"
-                ".streaming=true, which saw rows in another order. Give it again, or start anew."
+                f"cannot continue in {name}: the checkpoint is of a run with {name}.streaming=true, which saw rows in "
+                "another order. Give it again, or start anew."
             )
         if "packed" not in state:
             raise ValueError(
-                f"cannot continue in {self.examples.name}: the checkpoint is of an older kdtune, which dealt rows out "
-                "in another order. Finish that run with the version that began it, or start anew."
+                f"cannot continue in {name}: the checkpoint is of an older kdtune, which dealt rows out in another "
+                "order. Finish that run with the version that began it, or start anew."
             )
         self.epoch, self._position = state["epoch"], state["position"]
         self._rows = self._plan(self.epoch)
-        here = self.state_dict()
-        names = {
+        kept = {
             "fingerprint": "the examples (data, tokenizer or max_seq_len)",
-            "seed": "seed",
-            "shuffle": "shuffle",
-            "packed": f"{self.examples.name}.packed (or tokenizer.max_seq_len)",
-            "group_by_length": f"{self.examples.name}.group_by_length",
-            "step_size": "batch_size * gradient_accumulation_steps",
+            "packed": f"{name}.packed (or tokenizer.max_seq_len)",
+            "group_by_length": f"{name}.group_by_length",
             "epoch_size": "max_steps_per_epoch (in rows)",
         }
-        for key, what in names.items():
-            if state[key] != here[key]:
-                raise ValueError(
-                    f"cannot continue in {self.examples.name}: {what} changed since the checkpoint ({state[key]} "
-                    f"then, {here[key]} now), so that some rows would be seen twice, or others never. Restore it, or "
-                    "start anew with resume_from_checkpoint=false and another output_dir."
-                )
+        check_same(name, kept, state, self.state_dict())
 
-    def _plan(self, epoch: int) -> Rows:
+    def _plan(self, epoch: int) -> RowPlan:
         """The rows of an epoch in their order, as many as the examples make."""
         count = len(self.examples)
         order = self.examples.order(epoch, self._seed if self._shuffle else None)
         if self._packed:
             rows = pack(self._lengths[order], self.examples.max_seq_len)
-            return Rows(order[rows.indices], rows.starts)
+            return RowPlan(order[rows.indices], rows.starts)
         if self._group_by_length:
             seen = min(count // self._step_size, self._max_steps_per_epoch) * self._step_size
             generator = np.random.default_rng([self._seed, epoch, _STEPS_PER_GROUP])  # another than that of the order
             order = np.concatenate([self._group(order[:seen], generator), order[seen:]])
-        return Rows.of_one(order)
+        return RowPlan.of_one(order)
 
     def _group(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Whole steps of rows of similar length: sorted within some steps at a time, then the steps are shuffled."""
@@ -247,34 +235,49 @@ def batches(examples: Examples | Blend, batch_size: int) -> Iterator[Batch]:
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 
 
-def val_batches(examples: Examples | Blend, batch_size: int, cfg: DatasetConfig) -> dict[str, list[Batch]]:
-    """All examples once, for validation, whose sums do not depend on the order: the batches of each source by its name.
+@final
+class ValBatches:
+    """All examples once, for validation, whose sums do not depend on the order. Batches are made as they are asked for.
 
-    They are packed if cfg.packed; else the longest come first, which saves padding, or stay in the order in which they
-    were read if cfg.group_by_length is false.
+    Rows are packed; or the longest come first, which saves padding; or they stay in the order in which they were read.
 
-    Raises:
-        ValueError: group_by_length where it says nothing.
+    Attributes:
+        examples: what they are made of.
     """
-    if isinstance(examples, Blend):
-        if not np.allclose(examples.weights * len(examples), [len(source) for source in examples.sources.values()]):
-            raise ValueError(
-                f"{examples.name}.sources: weights say nothing for validation, where every row is seen once. Leave "
-                "them out."
-            )
-        return {name: _val_batches(source, batch_size, cfg) for name, source in examples.sources.items()}
-    return {examples.name: _val_batches(examples, batch_size, cfg)}
 
+    def __init__(
+        self, examples: Examples, batch_size: int, *, packed: bool = False, group_by_length: bool | None = None
+    ) -> None:
+        """
+        Args:
+            examples: at least one.
+            batch_size: rows of a batch.
+            packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
+            group_by_length: the longest first; None: if not packed.
 
-def _val_batches(examples: Examples, batch_size: int, cfg: DatasetConfig) -> list[Batch]:
-    order = np.arange(len(examples))
-    if _groups(cfg.group_by_length, cfg.packed, examples.name):
-        order = np.argsort(-examples.lengths, kind="stable")
-    rows = pack(examples.lengths, examples.max_seq_len) if cfg.packed else Rows.of_one(order)
-    return [
-        _collate(examples, [rows[row] for row in range(start, min(start + batch_size, len(rows)))], cfg.packed)
-        for start in range(0, len(rows), batch_size)
-    ]
+        Raises:
+            ValueError: group_by_length of packed rows.
+        """
+        check_order(examples.name, packed=packed, group_by_length=group_by_length)
+        self.examples = examples
+        self._batch_size = batch_size
+        self._packed = packed
+        in_order = packed or group_by_length is False
+        order = np.arange(len(examples)) if in_order else np.argsort(-examples.lengths, kind="stable")
+        self._rows = pack(examples.lengths, examples.max_seq_len) if packed else RowPlan.of_one(order)
+
+    @property
+    def num_labels(self) -> int:
+        """Scored positions of all of them."""
+        return self.examples.num_labels
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = range(start, min(start + self._batch_size, len(self._rows)))
+            yield _collate(self.examples, [self._rows[row] for row in rows], self._packed)
 
 
 def _collate(examples: Examples | Blend, rows: Sequence[np.ndarray], packed: bool) -> Batch:
@@ -282,10 +285,63 @@ def _collate(examples: Examples | Blend, rows: Sequence[np.ndarray], packed: boo
     return collate_packed(documents) if packed else collate([document for (document,) in documents])
 
 
-def _groups(group_by_length: bool | None, packed: bool, name: str) -> bool:
+def check_order(
+    name: str,
+    *,
+    packed: bool,
+    group_by_length: bool | None,
+    shuffle: bool = True,
+    max_steps_per_epoch: int | None = None,
+    is_blend: bool = False,
+) -> None:
+    """Refuses settings of the order that exclude each other. It needs no rows, so that it can be asked before any.
+
+    Args:
+        name: the section of the data set's settings.
+        packed: as those of `Loader`, like the next three.
+        is_blend: the data set has several sources.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
     if group_by_length and packed:
         raise ValueError(
-            f"{name}.group_by_length=true is for rows of one document each; with packed=true all rows are full, and "
-            "there is nothing to group. Leave one of them out."
+            f"{name}.group_by_length=true is for rows of one document each; with {name}.packed=true all rows are full, "
+            "and there is nothing to group. Leave one of them out."
         )
-    return not packed if group_by_length is None else group_by_length
+    if group_by_length and not shuffle:
+        raise ValueError(
+            f"{name}.group_by_length=true puts rows of similar length into a step, and shuffle=false keeps them in the "
+            "order in which they were read. Leave one of them out."
+        )
+    if max_steps_per_epoch and is_blend:
+        raise ValueError(
+            f"max_steps_per_epoch={max_steps_per_epoch} would leave out what an epoch of {name}.sources still has to "
+            "draw, so that a source would skip rows. Leave it out; max_steps ends the run."
+        )
+
+
+def check_same(name: str, kept: Mapping[str, str], state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuses to resume a loader where others would be the next rows.
+
+    Args:
+        name: of the data set.
+        kept: what must be as it was beside seed, shuffle and the rows of a step: keys of the states, and their names.
+        state: of the checkpoint.
+        here: of the loader.
+
+    Raises:
+        ValueError: what changed, and both values.
+    """
+    always = {
+        "seed": "seed",
+        "shuffle": "shuffle",
+        "step_size": "batch_size * gradient_accumulation_steps (times ranks)",
+    }
+    for key, what in {**always, **kept}.items():
+        if state[key] != here[key]:
+            raise ValueError(
+                f"cannot continue in {name}: {what} changed since the checkpoint ({state[key]} then, {here[key]} now), "
+                "so that some rows would be seen twice, or others never. Restore it, or start anew with "
+                "resume_from_checkpoint=false and another output_dir."
+            )

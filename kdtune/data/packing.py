@@ -14,7 +14,7 @@ WINDOW = 16_384
 
 @final
 @dataclass(frozen=True)
-class Rows:
+class RowPlan:
     """Rows of indices, flat: a million of them are two arrays.
 
     Attributes:
@@ -39,12 +39,12 @@ class Rows:
         return np.diff(ends[self.starts])
 
     @classmethod
-    def of_one(cls, indices: np.ndarray) -> Rows:
+    def of_one(cls, indices: np.ndarray) -> RowPlan:
         """A row for each index."""
         return cls(indices, np.arange(len(indices) + 1))
 
 
-def pack(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> Rows:
+def pack(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> RowPlan:
     """First-fit decreasing (Johnson 1973) within each `window` of consecutive documents.
 
     The longest document first, each goes into the first row that has room for it. As documents of one length follow
@@ -80,7 +80,7 @@ def pack(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> Rows:
         indices.append(start + np.argsort(row_of, kind="stable"))
         sizes.append(np.bincount(row_of, minlength=num_rows))
     starts = np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64)
-    return Rows(np.concatenate(indices) if indices else np.empty(0, np.int64), starts)
+    return RowPlan(np.concatenate(indices) if indices else np.empty(0, np.int64), starts)
 
 
 def _first_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:

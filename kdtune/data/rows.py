@@ -137,6 +137,7 @@ def read(
     token_dtype: token_files.TokenDtype | None = None,
     document_end_id: int | None = None,
     streaming: bool = False,
+    section: str = "dataset",
 ) -> Rows:
     """The rows of a file, of the data files in a folder, or of a data set on the hub.
 
@@ -148,6 +149,7 @@ def read(
         token_dtype: how ids are stored in .bin files that have no index.
         document_end_id: cuts arrays of ids into rows.
         streaming: rows of the hub are fetched as they are asked for; False: the whole split before the first.
+        section: of the settings, for messages.
 
     Raises:
         FileNotFoundError: no such file, folder or hub data set.
@@ -155,32 +157,44 @@ def read(
     """
     from kdtune.data import tables  # which gives Shards
 
-    name, bounds = _parse_split(split)
+    name, bounds = _parse_split(split, section)
     path = Path(source)
     if path.exists():
         if subset is not None:
-            raise ValueError(f"name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out.")
+            raise ValueError(
+                f"{section}.name={subset} is the subset of a hub data set, but {source} is on disk. Leave it out."
+            )
         if path.is_dir() and (path / "dataset_dict.json").is_file():
             if not (path / (name or "train") / "state.json").is_file():
-                raise ValueError(f"{path} has no split {name or 'train'!r}. Name one of the folders in it.")
+                raise ValueError(
+                    f"{path} has no split {name or 'train'!r}. Name one of the folders in it: {section}.split."
+                )
             return Rows([tables.saved(path / (name or "train"))], bounds)
         if path.is_dir() and (path / "state.json").is_file():
             if name not in (None, "train"):
-                raise ValueError(f"split={name}: {path} is one table and has no splits. Give the folder of that split.")
+                raise ValueError(
+                    f"{section}.split={name}: {path} is one table and has no splits. Give the folder of that split."
+                )
             return Rows([tables.saved(path)], bounds)
-        return Rows([_file(file, separator, token_dtype, document_end_id) for file in _files(path, name)], bounds)
+        files = _files(path, name, section)
+        return Rows([_file(file, separator, token_dtype, document_end_id, section) for file in files], bounds)
     if _HUB_NAME.fullmatch(source) and _kind(path) is None:
-        return Rows(tables.hub(source, subset, name or "train", streaming), bounds)
+        try:
+            return Rows(tables.hub(source, subset, name or "train", streaming), bounds)
+        except ValueError as error:
+            raise ValueError(f"{section}.source={source}: {error}") from None
     raise FileNotFoundError(
-        f"no file or folder {source} (from {Path.cwd()}). Give a path that exists, or owner/name of a data set on "
-        "the Hugging Face hub."
+        f"{section}.source={source}: no file or folder of that name (from {Path.cwd()}). Give a path that exists, or "
+        "owner/name of a data set on the Hugging Face hub."
     )
 
 
-def _parse_split(split: str | None) -> tuple[str | None, tuple[str | None, str | None]]:
+def _parse_split(split: str | None, section: str) -> tuple[str | None, tuple[str | None, str | None]]:
     match = _SPLIT.fullmatch(split or "")
     if match is None:
-        raise ValueError(f"split={split} is not understood. Write a name, a slice or both: test, train[:90%], [:1000].")
+        raise ValueError(
+            f"{section}.split={split} is not understood. Write a name, a slice or both: test, train[:90%], [:1000]."
+        )
     return match["name"] or None, (match["start"], match["stop"])
 
 
@@ -190,11 +204,13 @@ def _index(bound: str | None, num_rows: int) -> int | None:
     return round(num_rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
 
 
-def _files(path: Path, split: str | None) -> list[Path]:
+def _files(path: Path, split: str | None, section: str) -> list[Path]:
     """The data files of a folder (or the file itself) that belong to a split."""
     if path.is_file():
         if split not in (None, "train"):
-            raise ValueError(f"split={split}: {path} is one file and has no splits. Give the file of that split.")
+            raise ValueError(
+                f"{section}.split={split}: {path} is one file and has no splits. Give the file of that split."
+            )
         return [path]
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
@@ -228,7 +244,7 @@ def _files(path: Path, split: str | None) -> list[Path]:
         return files
     if not chosen:
         there = ", ".join(str(file.relative_to(path)) for file in files[:10])
-        raise ValueError(f"{path} has no file of the split {split!r}; there are: {there}.")
+        raise ValueError(f"{section}.split={split}: {path} has no file of that split; there are: {there}.")
     return chosen
 
 
@@ -253,7 +269,11 @@ def _kind(path: Path) -> str | None:
 
 
 def _file(
-    path: Path, separator: str | None, token_dtype: token_files.TokenDtype | None, document_end_id: int | None
+    path: Path,
+    separator: str | None,
+    token_dtype: token_files.TokenDtype | None,
+    document_end_id: int | None,
+    section: str,
 ) -> Shard:
     kind = _kind(path)
     if kind is None:
@@ -264,11 +284,13 @@ def _file(
     if kind == "bin" and path.with_suffix(".idx").is_file():
         path, kind = path.with_suffix(".idx"), "idx"
     if separator is not None and kind != "text":
-        raise ValueError(f"separator={separator!r} is for text files, but {path} is {kind}. Leave it out.")
+        raise ValueError(f"{section}.separator={separator!r} is for text files, but {path} is {kind}. Leave it out.")
     if token_dtype is not None and kind not in ("npy", "bin"):
-        raise ValueError(f"token_dtype={token_dtype} is for .bin files without an index, not for {path}. Leave it out.")
+        raise ValueError(
+            f"{section}.token_dtype={token_dtype} is for .bin files without an index, not for {path}. Leave it out."
+        )
     if kind in ("npy", "bin", "idx"):
-        return _token_file(path, kind, token_dtype, document_end_id)
+        return _token_file(path, kind, token_dtype, document_end_id, section)
     if kind == "parquet":
         size = _parquet_size(path)
         return Shard(str(path), [path], partial(_read_parquet, path), lambda: size, size)
@@ -412,22 +434,22 @@ def _documents(file: IO[str], separator: str | None) -> Iterator[str]:
 
 
 def _token_file(
-    path: Path, kind: str, token_dtype: token_files.TokenDtype | None, document_end_id: int | None
+    path: Path, kind: str, token_dtype: token_files.TokenDtype | None, document_end_id: int | None, section: str
 ) -> Shard:
     if document_end_id is None:
-        raise ValueError(f"{path} holds ids, not text. Say so: format=tokens.")
+        raise ValueError(f"{path} holds ids, not text. Say so: {section}.format=tokens.")
     size: int | None = None
     cut: Callable[[], Iterator[Any]]
     if kind == "idx":
         indexed = token_files.open_indexed(path)
         files, size, cut = [path, path.with_suffix(".bin")], len(indexed), partial(iter, indexed)
     else:
-        array = token_files.open_array(path, token_dtype)
+        array = token_files.open_array(path, token_dtype, section)
         files, size = [path], len(array) if array.ndim == 2 else None
         if size is None and document_end_id == NO_END:
             raise ValueError(
                 f"{path} is one array, and the tokenizer names no eos token, so that nothing says where a document "
-                "ends. Give document_end_id."
+                f"ends. Give {section}.document_end_id."
             )
         cut = partial(token_files.documents, array, document_end_id)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdtune.data.batch import Batch
 from kdtune.data.blend import Blend
+from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
-from kdtune.data.loader import Loader
-from kdtune.data.stream import StreamLoader
+from kdtune.data.loader import Loader, ValBatches, check_order
+from kdtune.data.prepare import open_set
+from kdtune.data.stream import Stream, StreamLoader
+from kdtune.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,112 @@ class RunData:
     loader: Loader | StreamLoader
     num_steps: int  # optimizer steps of the whole run
     examples_val: Examples | Blend | None
-    val_batches: dict[str, list[Batch]]  # of each source; empty without validation
+    val_batches: dict[str, ValBatches]  # of each source; empty without validation
 
     def summary(self) -> str:
         """One line: how much there is to train on, and to validate on."""
         validation = f"; validation: {self.examples_val.summary()}" if self.examples_val else ""
         return f"{self.loader.examples.summary()}, {self.loader.summary()}{validation}"
+
+
+def load_run(
+    dataset: DatasetConfig,
+    dataset_val: DatasetConfig | None,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    *,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    epochs: int,
+    max_steps_per_epoch: int | None,
+    max_steps: int | None,
+    shuffle: bool,
+    seed: int,
+    vocab_size: int | None = None,
+) -> RunData:
+    """Reads what a run trains and validates on. What can be refused without a row is refused before one is tokenised.
+
+    Args:
+        dataset: the rows to train on.
+        dataset_val: the rows to validate on; None: no validation.
+        tokenizer: that of the student; teacher and student see the same ids.
+        max_seq_len: positions of the longest example.
+        batch_size: rows of a micro-batch.
+        gradient_accumulation_steps: micro-batches of an optimizer step.
+        epochs: passes over the rows.
+        max_steps_per_epoch: steps that end an epoch early; None: all rows.
+        max_steps: steps that end the run early; None: all epochs.
+        shuffle: a new order in each epoch.
+        seed: of the order.
+        vocab_size: ids that the models have; None: as many as the tokenizer.
+
+    Raises:
+        FileNotFoundError: nothing at a source.
+        ValueError: settings that exclude each other, or rows that cannot be used.
+    """
+    check_order(
+        "dataset",
+        packed=dataset.packed,
+        group_by_length=dataset.group_by_length,
+        shuffle=shuffle,
+        max_steps_per_epoch=max_steps_per_epoch,
+        is_blend=bool(dataset.sources),
+    )
+    if dataset.streaming:
+        _check_length(epochs, max_steps_per_epoch, max_steps)
+    if dataset_val is not None:
+        _check_validation(dataset_val)
+    open_one = Stream if dataset.streaming else open_set
+    opened = open_one(dataset, tokenizer, max_seq_len, vocab_size=vocab_size)
+    opened_val = None
+    if dataset_val is not None:
+        opened_val = open_set(dataset_val, tokenizer, max_seq_len, name="dataset_val", vocab_size=vocab_size)
+
+    loader: Loader | StreamLoader
+    step = {"batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
+    if isinstance(opened, Stream):
+        assert max_steps is not None
+        loader, num_steps = StreamLoader(opened, **step, shuffle=shuffle, seed=seed), max_steps
+    else:
+        loader = Loader(
+            opened.load(),
+            **step,
+            max_steps_per_epoch=max_steps_per_epoch,
+            shuffle=shuffle,
+            seed=seed,
+            packed=dataset.packed,
+            group_by_length=dataset.group_by_length,
+        )
+        num_steps = loader.num_steps(epochs, max_steps)
+    if dataset_val is None or opened_val is None:
+        return RunData(loader, num_steps, None, {})
+    examples_val = opened_val.load()
+    sources = examples_val.sources if isinstance(examples_val, Blend) else {examples_val.name: examples_val}
+    val_batches = {
+        name: ValBatches(examples, batch_size, packed=dataset_val.packed, group_by_length=dataset_val.group_by_length)
+        for name, examples in sources.items()
+    }
+    return RunData(loader, num_steps, examples_val, val_batches)
+
+
+def _check_length(epochs: int, max_steps_per_epoch: int | None, max_steps: int | None) -> None:
+    if max_steps is None or epochs != 1:
+        raise ValueError(
+            "dataset.streaming=true does not know how many rows there are, so that epochs cannot be counted. Give "
+            "max_steps, and leave epochs out."
+        )
+    if max_steps_per_epoch is not None:
+        raise ValueError(
+            f"dataset.streaming=true knows no epochs, so that max_steps_per_epoch={max_steps_per_epoch} says nothing. "
+            "Leave it out; max_steps ends the run."
+        )
+
+
+def _check_validation(cfg: DatasetConfig) -> None:
+    check_order("dataset_val", packed=cfg.packed, group_by_length=cfg.group_by_length)
+    for name, source in cfg.sources.items():
+        if source.weight is not None:
+            raise ValueError(
+                f"dataset_val.sources.{name}.weight={source.weight} says nothing for validation, where every row is "
+                "seen once. Leave it out."
+            )

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from kdtune.data import cache, rows
+from kdtune.data import rows
 from kdtune.data.batch import IGNORE, Batch, Example, collate, without_labels
-from kdtune.data.blend import Blend
-from kdtune.data.chats import with_template
 from kdtune.data.config import DatasetConfig
-from kdtune.data.encoding import RowEncoder
-from kdtune.data.examples import NUM_PLACES, Examples, Part, join
-from kdtune.data.loader import Loader, share
-from kdtune.data.prepare import load, read_rows
+from kdtune.data.examples import NUM_PLACES, Examples, Part, counted, join
+from kdtune.data.loader import check_same, share
+from kdtune.data.prepare import Source
 from kdtune.tokenizers import Tokenizer
 
 _NUM_FIRST = 256  # rows that are looked at before a run
+_SHUFFLE_BUFFER = 10_000  # examples, unless the settings say otherwise
+# What tells the random numbers of the files' order from those of a step, which come of (seed, step). Not 0: to numpy,
+# (seed, n, 0) is (seed, n).
+_ORDER_OF_FILES = 1
 
 
 class _Place(NamedTuple):
@@ -40,18 +43,24 @@ class Stream:
     Attributes:
         name: the section of the settings, for messages.
         rows: where the rows come from.
-        first: the first rows as examples, for checks and summaries.
-        shuffle_buffer: examples among which the next one is chosen.
+        shuffle_buffer: examples among which the next one is chosen; None: nothing was said.
         fingerprint: changes when the files, the tokenizer or a setting does that changes tokens.
     """
 
     def __init__(
-        self, cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str, vocab_size: int | None
+        self,
+        cfg: DatasetConfig,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        *,
+        name: str = "dataset",
+        vocab_size: int | None = None,
     ) -> None:
-        """
+        """Arguments as those of `load`. No row is read.
+
         Raises:
             FileNotFoundError: nothing at cfg.source.
-            ValueError: settings that do not fit, or first rows that cannot be used.
+            ValueError: settings that do not fit.
         """
         given = {
             "packed": cfg.packed,
@@ -68,35 +77,39 @@ class Stream:
                     "tokenised before the run. Leave one of them out."
                 )
         if cfg.split is not None and "[" in cfg.split:
-            raise ValueError(f"{name}.streaming=true reads all rows of a split, not a part: split={cfg.split}.")
-        if cfg.source is None:
-            raise ValueError(f"{name} has no rows: give {name}.source=<file, folder or owner/name on the hub>.")
-        self._encode = RowEncoder(cfg, tokenizer, max_seq_len, name, vocab_size)
+            raise ValueError(
+                f"{name}.streaming=true reads all rows of a split, not a part: {name}.split={cfg.split}. Leave one of "
+                "them out."
+            )
+        self._source = Source(cfg, tokenizer, max_seq_len, name, vocab_size, streaming=True)
         self.name = name
-        self.rows = read_rows(cfg, tokenizer, streaming=True)
+        self.rows = self._source.rows
         self.shuffle_buffer = cfg.shuffle_buffer
         # The time of change does not count: a copy on another machine is the same set.
-        key = cache.key(cfg, self.rows, with_template(tokenizer, cfg), max_seq_len, vocab_size)
+        key = self._source.key()
         key["files"] = [[name, size, digest] for name, size, _, digest in key["files"]]
         self.fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self._num_told = 0
+        self._told: set[str] = set()
 
+    @cached_property
+    def first(self) -> Examples:
+        """The first rows as examples, for checks and summaries.
+
+        Raises:
+            ValueError: they cannot be used, or there is nothing to train on in them.
+        """
         parts = (self.encode(row) for row in islice(self.rows.items(), _NUM_FIRST))
-        self.first = join(f"{name} (first rows)", max_seq_len, parts)
-        self._num_told = 0
-        if len(self.first) == 0:
-            raise ValueError(
-                f"{name}: there is nothing to train on in the first {self.first.num_rows:,} rows of {cfg.source}: "
-                f"{self.first.counts}."
-            )
+        first = join(f"{self.name} (first rows)", self._source.max_seq_len, parts)
+        self._source.check(first.counts, len(first), which="first ")
+        return first
 
     def encode(self, row: rows.Row) -> Part:
-        """The examples of a row. The first rows that are skipped are told."""
-        part = self._encode([row])
+        """The examples of a row. The first rows that are skipped are told, each once, however often it is read."""
+        part = self._source.encode([row])
         for place in part.counts.places:
-            if self._num_told < NUM_PLACES:
-                print(f"{self.name}: skipped {place}")
-            self._num_told += 1
+            if place not in self._told and len(self._told) < NUM_PLACES:
+                self._told.add(place)
+                tqdm.write(f"{self.name}: skipped {place}")  # above the progress bar, if there is one
         return part
 
 
@@ -110,6 +123,7 @@ class StreamLoader:
 
     Attributes:
         stream: what it deals out.
+        examples: the first rows, to look at.
         epoch: complete passes so far.
     """
 
@@ -119,45 +133,31 @@ class StreamLoader:
         *,
         batch_size: int,
         gradient_accumulation_steps: int = 1,
-        max_steps_per_epoch: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        """Arguments as those of `Loader`."""
-        if max_steps_per_epoch is not None:
+        """Arguments as those of `Loader`.
+
+        Raises:
+            ValueError: a shuffle_buffer without shuffle, or first rows that cannot be used.
+        """
+        if stream.shuffle_buffer is not None and not shuffle:
             raise ValueError(
-                f"{stream.name}.streaming=true knows no epochs, so that max_steps_per_epoch={max_steps_per_epoch} says "
-                "nothing. Give max_steps."
+                f"{stream.name}.shuffle_buffer={stream.shuffle_buffer} mixes rows, and shuffle=false keeps them in the "
+                "order in which they are read. Leave one of them out."
             )
         self.stream = stream
+        self.examples = stream.first
         self._batch_size = batch_size
         self._step_size = batch_size * gradient_accumulation_steps * num_ranks
         self._shuffle = shuffle
-        self._buffer_size = stream.shuffle_buffer if shuffle else 1
+        self._buffer_size = (stream.shuffle_buffer or _SHUFFLE_BUFFER) if shuffle else 1
         self._seed = seed
         self._rank, self._num_ranks = rank, num_ranks
         self._steps = 0  # dealt out
         self._begin(0)
-
-    @property
-    def examples(self) -> Examples:
-        """The first rows, to look at."""
-        return self.stream.first
-
-    def num_steps(self, epochs: int, max_steps: int | None = None) -> int:
-        """`max_steps`.
-
-        Raises:
-            ValueError: it is not given, or epochs are.
-        """
-        if max_steps is None or epochs != 1:
-            raise ValueError(
-                f"{self.stream.name}.streaming=true does not know how many rows there are, so that epochs cannot be "
-                "counted. Give max_steps, and leave epochs out."
-            )
-        return max_steps
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -195,31 +195,38 @@ class StreamLoader:
         """Goes to the start of a pass."""
         self.epoch = epoch
         self._read = _Place(0, 0, 0)  # the next example that goes into the buffer; the shard is a place in `_order`
+        self._num_skipped = 0  # rows of this pass before that
         self._buffer: list[tuple[_Place, Example]] = []
-        self._coming = self._examples(self._read)
+        self._coming = self._examples()
 
     def _order(self) -> np.ndarray:
         """The files of this pass."""
         count = len(self.stream.rows.shards)
-        return (
-            np.random.default_rng([self._seed, self.epoch, 0]).permutation(count) if self._shuffle else np.arange(count)
-        )
+        if not self._shuffle:
+            return np.arange(count)
+        return np.random.default_rng([self._seed, self.epoch, _ORDER_OF_FILES]).permutation(count)
 
     def _fill(self) -> None:
         while len(self._buffer) < self._buffer_size and (found := next(self._coming, None)) is not None:
-            self._buffer.append(found)
-            place = found[0]
+            place, example, self._num_skipped = found
+            self._buffer.append((place, example))
             self._read = place._replace(part=place.part + 1)
 
-    def _examples(self, start: _Place) -> Iterator[tuple[_Place, Example]]:
-        """All examples of the pass from a place on."""
+    def _examples(self) -> Iterator[tuple[_Place, Example, int]]:
+        """All examples of the pass from `_read` on, with the number of rows that were skipped up to each."""
+        start, num_skipped = self._read, self._num_skipped
         for shard, index in enumerate(self._order().tolist()):
             if shard < start.shard:
                 continue
             first_row = start.row if shard == start.shard else 0
             for number, row in enumerate(self.stream.rows.shards[index].read(first_row), start=first_row):
                 is_start = (shard, number) == (start.shard, start.row)
-                yield from _of_row(self.stream.encode(row), shard, number, start.part if is_start else 0)
+                part = self.stream.encode(row)
+                num_skipped += part.counts.num_skipped
+                for place, example in _of_row(part, shard, number, start.part if is_start else 0):
+                    yield place, example, num_skipped
+        if num_skipped:
+            tqdm.write(f"{self.stream.name}: {counted(num_skipped, 'row')} skipped in pass {self.epoch + 1:,}")
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on from here, on any rank: plain numbers, three for each example in the buffer."""
@@ -227,6 +234,7 @@ class StreamLoader:
             "epoch": self.epoch,
             "steps": self._steps,
             "read": list(self._read),
+            "num_skipped": self._num_skipped,
             "buffer": [number for place, _ in self._buffer for number in place],
             "step_size": self._step_size,
             "seed": self._seed,
@@ -241,34 +249,25 @@ class StreamLoader:
         Raises:
             ValueError: what is read, its order, or the size of a step changed.
         """
-        here = self.state_dict()
-        names = {
-            "fingerprint": "the rows (files, tokenizer or settings)",
-            "seed": "seed",
-            "shuffle": "shuffle",
-            "buffer_size": f"{self.stream.name}.shuffle_buffer",
-            "step_size": "batch_size * gradient_accumulation_steps (times ranks)",
-        }
+        name = self.stream.name
         if "buffer" not in state:
             raise ValueError(
-                f"cannot continue in {self.stream.name}: the checkpoint is of a run without {self.stream.name}"
-                ".streaming=true, which saw rows in another order. Leave it out, or start anew."
+                f"cannot continue in {name}: the checkpoint is of a run without {name}.streaming=true, which saw rows "
+                "in another order. Leave it out, or start anew."
             )
-        for key, what in names.items():
-            if state[key] != here[key]:
-                raise ValueError(
-                    f"cannot continue in {self.stream.name}: {what} changed since the checkpoint ({state[key]} then, "
-                    f"{here[key]} now), so that some rows would be seen twice, or others never. Restore it, or start "
-                    "anew with resume_from_checkpoint=false and another output_dir."
-                )
+        kept = {
+            "fingerprint": "the rows (files, tokenizer or settings)",
+            "buffer_size": f"{name}.shuffle_buffer",
+        }
+        check_same(name, kept, state, self.state_dict())
         self._begin(state["epoch"])
         self._steps = state["steps"]
         numbers = iter(state["buffer"])
         places = [_Place(*place) for place in zip(numbers, numbers, numbers, strict=True)]
         found = self._find(set(places))
         self._buffer = [(place, found[place]) for place in places]
-        self._read = _Place(*state["read"])
-        self._coming = self._examples(self._read)
+        self._read, self._num_skipped = _Place(*state["read"]), state["num_skipped"]
+        self._coming = self._examples()
 
     def _find(self, places: set[_Place]) -> dict[_Place, Example]:
         """Reads examples again; rows between them are not tokenised."""
@@ -293,21 +292,3 @@ def _of_row(part: Part, shard: int, row: int, start: int = 0) -> Iterator[tuple[
         tokens = torch.from_numpy(part.tokens[inside].astype(np.int64))
         is_label = torch.from_numpy(part.is_label[inside])
         yield _Place(shard, row, i), (tokens[:-1], torch.where(is_label[1:], tokens[1:], IGNORE))
-
-
-def load_or_stream(
-    cfg: DatasetConfig, tokenizer: Tokenizer, max_seq_len: int, *, name: str = "dataset", vocab_size: int | None = None
-) -> Examples | Blend | Stream:
-    """What `load` gives, or with cfg.streaming a stream; the arguments are those of `load`."""
-    if cfg.streaming:
-        return Stream(cfg, tokenizer, max_seq_len, name=name, vocab_size=vocab_size)
-    return load(cfg, tokenizer, max_seq_len, name=name, vocab_size=vocab_size)
-
-
-def make_loader(data: Examples | Blend | Stream, **settings: Any) -> Loader | StreamLoader:
-    """The loader of a set, with the settings of `Loader`."""
-    if not isinstance(data, Stream):
-        return Loader(data, **settings)
-    for name in ("packed", "group_by_length"):  # where they say something, `Stream` has refused them
-        settings.pop(name, None)
-    return StreamLoader(data, **settings)

@@ -34,8 +34,8 @@ def hub(source: str, subset: str | None, split: str, streaming: bool) -> list[Sh
     except Exception as error:  # a dozen kinds, from the network, the hub and the data set itself
         reason = (str(error).splitlines() or [""])[0][:300]
         raise ValueError(
-            f"no file or folder {source} here, and the Hugging Face hub did not give a data set of that name "
-            f"(subset {subset or 'default'}, split {split}): {type(error).__name__}: {reason}"
+            "no file or folder of that name here, and the Hugging Face hub did not give such a data set (subset "
+            f"{subset or 'default'}, split {split}): {type(error).__name__}: {reason}"
         ) from None
     if streaming:
         name, num_shards = f"{source}@{str(pinned['revision'])[:8]} ({split})", rows.num_shards

@@ -23,13 +23,14 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, seq
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # 6 and 7 are floats
 
 
-def encode(row: Mapping[str, Any], column_map: Mapping[str, str]) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode(row: Mapping[str, Any], column_map: Mapping[str, str], section: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The example in a row of ids.
 
     Args:
         row: `tokens` or `input_ids`; `labels` (the token at the same place, or -100) or `mask` (1: to be predicted) may
             be missing or null, then every token is to be predicted.
         column_map: `tokens`, `labels`, `mask` -> the columns in the row.
+        section: of the settings, for messages.
 
     Raises:
         ValueError: no such columns, or they do not fit together.
@@ -38,16 +39,18 @@ def encode(row: Mapping[str, Any], column_map: Mapping[str, str]) -> list[tuple[
     if column not in row:
         raise ValueError(
             f"no column {column!r}; there are: {', '.join(map(str, row)) or '(none)'}. If another one is meant, say "
-            "so: column_map={tokens: <column>}."
+            f"so: {section}.column_map={{tokens: <column>}}."
         )
     tokens = _integers(row[column], column)
     for name in ("labels", "mask"):
         if name in column_map and column_map[name] not in row:
-            raise ValueError(f"no column {column_map[name]!r} for column_map's {name}; there are: {', '.join(row)}.")
+            raise ValueError(
+                f"no column {column_map[name]!r}, which is {name} in {section}.column_map; there are: {', '.join(row)}."
+            )
     labels = row.get(column_map.get("labels", "labels"))
     mask = row.get(column_map.get("mask", "mask"))
     if labels is not None and mask is not None:
-        raise ValueError("it has both labels and a mask. Rename one of them away with column_map.")
+        raise ValueError(f"it has both labels and a mask. Rename one of them away with {section}.column_map.")
     if not len(tokens):
         return []
     if labels is not None:
@@ -85,15 +88,17 @@ def _integers(value: Any, column: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def open_array(path: Path, dtype: TokenDtype | None) -> np.ndarray:
+def open_array(path: Path, dtype: TokenDtype | None, section: str) -> np.ndarray:
     """The ids in a .npy file, or in a .bin file of nothing but ids: [t], or [n, s] for n documents.
+
+    Messages name the section of the settings.
 
     Raises:
         ValueError: not an array of integers, or cut off.
     """
     if path.suffix.lower() == ".npy":
         if dtype is not None:
-            raise ValueError(f"token_dtype={dtype}: {path} says itself what it holds. Leave it out.")
+            raise ValueError(f"{section}.token_dtype={dtype}: {path} says itself what it holds. Leave it out.")
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
@@ -107,7 +112,7 @@ def open_array(path: Path, dtype: TokenDtype | None) -> np.ndarray:
     if dtype is None:
         raise ValueError(
             f"{path} does not say how its ids are stored, and there is no .idx beside it. Say it: "
-            "token_dtype=uint16, int32, uint32 or int64."
+            f"{section}.token_dtype=uint16, int32, uint32 or int64."
         )
     size = path.stat().st_size
     if size % np.dtype(dtype).itemsize:

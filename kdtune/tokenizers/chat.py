@@ -88,7 +88,7 @@ def read(name: str) -> str:
     """
     path = _FOLDER / f"{name}.jinja" if name in NAMED else Path(name)
     if not path.is_file():
-        raise ValueError(f"chat_template={name} is neither a file nor one of {', '.join(NAMED)}.")
+        raise ValueError(f"the chat template {name} is neither a file nor one of {', '.join(NAMED)}.")
     return path.read_text(encoding="utf-8")
 
 

@@ -158,15 +158,16 @@ class Tokenizer:
         missing = [token for token in wanted if len(self._backend.encode(token, True)) != 1]
         if name in chat.NAMED and (missing or variables):
             raise ValueError(
-                f"chat_template={name} writes {', '.join(missing + variables)}, and the tokenizer in {self.source} has "
-                "no such special token: the model would read its letters and could not end a turn with it. Use a "
+                f"the chat template {name} writes {', '.join(missing + variables)}, and the tokenizer in {self.source} "
+                "has no such special token: the model would read its letters and could not end a turn with it. Use a "
                 "template whose tokens it has (llama2 and mistral_v1 need bos and eos only), or a tokenizer and "
                 "models with these."
             )
         if missing or variables:
             warnings.warn(
-                f"chat_template={name} writes {', '.join(missing + variables)}, which the tokenizer in {self.source} "
-                "does not have as special tokens: the model will read letters, or nothing where a variable is meant.",
+                f"the chat template {name} writes {', '.join(missing + variables)}, which the tokenizer in "
+                f"{self.source} does not have as special tokens: the model will read letters, or nothing where a "
+                "variable is meant.",
                 stacklevel=1,  # one place: said once
             )
         other = copy.copy(self)

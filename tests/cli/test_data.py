@@ -283,7 +283,7 @@ def test_no_model_is_read(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
         (["--html", "no/such/folder/a.html"], "a folder that exists"),
         (["--row", "3"], "Did you mean --rows?"),
         (["dataset.sorce=x"], "Did you mean dataset.source"),
-        (["dataset.source=nowhere.jsonl"], "no file or folder nowhere.jsonl"),
+        (["dataset.source=nowhere.jsonl"], "dataset.source=nowhere.jsonl: no file or folder"),
     ],
 )
 def test_mistakes(more: list[str], words: str, tiny: Path, kdtune: Run) -> None:

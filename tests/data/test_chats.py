@@ -14,6 +14,7 @@ from kdtune import checkpoint, data, tokenizers
 from kdtune.data import DatasetConfig
 from kdtune.data.chats import check_stop, encode_turns, read_messages, split_turns, trained_template
 from kdtune.data.config import WeightedSourceConfig
+from kdtune.data.encoding import RowEncoder
 from kdtune.data.formats import row_encoder
 from kdtune.tokenizers import chat
 
@@ -54,11 +55,17 @@ def with_template(folder: Path, template: str, **config: Any) -> tokenizers.Toke
     return tokenizers.load(folders.qwen(folder, chat_template=template, **config))
 
 
+def encoder(tokenizer: tokenizers.Tokenizer, **settings: Any) -> Any:
+    """What turns the columns of a row into tokens and labels."""
+    cfg = DatasetConfig(source="", format="chat", **settings)
+    return row_encoder(cfg, RowEncoder(cfg, tokenizer, 512, "dataset", None).tokenizer, "dataset")
+
+
 def said(messages: Any, tokenizer: tokenizers.Tokenizer, tools: Any = None, **settings: Any) -> list[list[str]]:
     """The labelled stretches of text, for each example that a row makes."""
     row = {"messages": messages, "tools": tools}
     found = []
-    for tokens, is_label in row_encoder(DatasetConfig(source="", format="chat", **settings), tokenizer)(row):
+    for tokens, is_label in encoder(tokenizer, **settings)(row):
         stretches: list[list[int]] = []
         for i, (token, labelled) in enumerate(zip(tokens, is_label, strict=True)):
             if labelled and not (i and is_label[i - 1]):
@@ -123,7 +130,7 @@ def test_one_rendering_is_enough_where_there_are_marks(tmp_path: Path, monkeypat
         (unmarked, False, 20),
         (unmarked, True, 2),
     ]:
-        encode = row_encoder(DatasetConfig(source="", format="chat", train_on_last_turn=last_only), tokenizer)
+        encode = encoder(tokenizer, train_on_last_turn=last_only)
         count[0] = 0
         encode({"messages": TURNS * 5})
         assert count[0] == expected
@@ -159,8 +166,7 @@ def test_the_last_turn_of_a_template_that_rewrites_earlier_turns(tmp_path: Path)
 
 def test_system_text_that_moves_makes_one_example_per_turn(tokenizer: tokenizers.Tokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *TURNS]
-    row = {"messages": messages}
-    encoded = row_encoder(DatasetConfig(source="", format="chat", chat_template="mistral"), tokenizer)(row)
+    encoded = encoder(tokenizer, chat_template="mistral")({"messages": messages})
     texts = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens, _ in encoded]
     eos = "<|endoftext|>"
     assert texts == [
@@ -260,21 +266,27 @@ def test_a_template_that_needs_a_question_first(tmp_path: Path) -> None:
 def test_a_template_that_does_not_say_where_to_stop(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.warns(UserWarning, match="no special token at the end of what the assistant says"):
-        row_encoder(DatasetConfig(source="", format="chat"), tokenizer)
+        encoder(tokenizer)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"train_on_input": True, "train_on_last_turn": True}, "labels every turn, .*Give one"),
-        ({"format": "instruct", "train_on_last_turn": True}, "train_on_last_turn is for format=chat, not instruct"),
-        ({"format": "text", "chat_template": "chatml"}, "chat_template is for format=chat, not text"),
-        ({"chat_template": "tulu"}, "chat_template=tulu is neither a file nor one of chatml, gemma"),
+        (
+            {"format": "instruct", "train_on_last_turn": True},
+            r"dataset\.train_on_last_turn is for dataset\.format=chat, not instruct",
+        ),
+        (
+            {"format": "text", "chat_template": "chatml"},
+            r"dataset\.chat_template is for dataset\.format=chat, not text",
+        ),
+        ({"chat_template": "tulu"}, r"dataset\.chat_template: .* tulu is neither a file nor one of chatml, gemma"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str, tokenizer: tokenizers.Tokenizer) -> None:
     with pytest.raises(ValueError, match=message):
-        row_encoder(DatasetConfig(**{"source": "", "format": "chat", **settings}), tokenizer)
+        RowEncoder(DatasetConfig(**{"source": "", "format": "chat", **settings}), tokenizer, 64, "dataset", None)
 
 
 def test_a_changed_template_file_is_another_data_set(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_long_documents_are_cut_without_losing_a_token(qwen: tokenizers.Tokenize
         assert max(map(len, inputs)) <= max_seq_len
         assert [id for row in inputs for id in row.tolist()] == ids[:-1]
         assert [id for row in labels for id in row.tolist()] == ids[1:]
-        assert (examples.num_rows, examples.num_truncated) == (1, 0)
+        assert (examples.num_rows, examples.counts.num_truncated) == (1, 0)
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -248,23 +248,29 @@ def test_truncated_and_dropped_rows_are_counted(qwen: tokenizers.Tokenizer, tmp_
         (prompt - 1, 0, 1),
     ]:
         examples = load(tmp_path, rows, qwen, max_seq_len, format="completion", on_error="skip")
-        assert (examples.num_rows, examples.num_truncated, examples.num_dropped) == (3, truncated, dropped)
+        assert (examples.num_rows, examples.counts.num_truncated, examples.counts.num_dropped) == (
+            3,
+            truncated,
+            dropped,
+        )
         assert examples.counts.skipped == {"empty answer": 1}
-        assert max(map(examples.length, range(len(examples)))) <= max_seq_len
+        assert examples.lengths.max() <= max_seq_len
         if max_seq_len == prompt:
             assert examples[0][1].tolist() == [IGNORE] * (prompt - 1) + qwen.encode("does", continues=True)[:1]
-    assert "1 rows dropped" in examples.summary()
+    assert ", 1 row dropped (nothing to predict)" in examples.summary()
     with pytest.raises(ValueError, match=r"row 2 of .* there is no answer, .*dataset\.on_error=skip"):
         load(tmp_path, rows, qwen, format="completion")
 
 
 def test_nothing_left(qwen: tokenizers.Tokenizer, tmp_path: Path) -> None:
     row = {"prompt": "the dog " * 5, "completion": "fox"}
-    with pytest.raises(ValueError, match=r"none of the 2 rows .*max_seq_len=4"):
+    with pytest.raises(
+        ValueError, match=r"the 2 rows of .* have nothing to train on: 2 are without .*tokenizer\.max_seq_len=4"
+    ):
         load(tmp_path, [row, row], qwen, 4, format="completion")
     with pytest.raises(ValueError, match="has no rows"):
         load(tmp_path, [], qwen)
-    with pytest.raises(ValueError, match=r"has no rows in split=\[5:\]"):
+    with pytest.raises(ValueError, match=r"has no rows in dataset\.split=\[5:\]"):
         load(tmp_path, [row], qwen, split="[5:]")
 
 
@@ -282,12 +288,16 @@ def test_ids_outside_the_models_vocabulary(qwen: tokenizers.Tokenizer, tmp_path:
         ({}, {"instruction": "a"}, r"no column 'output'"),
         ({}, {"instruction": "a", "output": None}, r"column 'output' is null"),
         ({}, {"instruction": "a", "output": ["b"]}, r"column 'output' is a list"),
-        ({}, {"prompt": "a", "completion": "b"}, r"no column 'instruction'.*They look like format=completion"),
-        ({}, {"conversations": []}, r"no column 'instruction'.*They look like format=chat"),
+        ({}, {"prompt": "a", "completion": "b"}, r"no column 'instruction'.*They look like dataset\.format=completion"),
+        ({}, {"conversations": []}, r"no column 'instruction'.*They look like dataset\.format=chat"),
         ({}, {"instruction": "a", "output": True}, r"column 'output' is a bool, expected text"),
         ({}, {"instruction": "a", "output": " \n"}, r"there is no answer, or it is empty"),
         ({"format": "completion"}, {"prompt": "a"}, r"no column 'completion'"),
-        ({"format": "text"}, {"content": "a"}, r"no column 'text'; there are: content.*column_map={text: <column>}"),
+        (
+            {"format": "text"},
+            {"content": "a"},
+            r"no column 'text'; there are: content.*dataset\.column_map={text: <column>}",
+        ),
         ({"prompt_template": "{q}"}, {"output": "a"}, r"no column 'q'"),
         ({"format": "chat"}, {"prompt": "a"}, r"no column 'messages'"),
         ({"format": "chat"}, {"messages": []}, r"'messages' is an empty list"),
@@ -319,13 +329,16 @@ def test_roles_that_the_template_refuses(tmp_path: Path) -> None:
     [
         (
             {"column_map": {"answer": "a"}},
-            r"'answer', which the format instruct does not read.*instruction, input, output",
+            r"dataset\.column_map has 'answer', which dataset\.format=instruct does not read.*instruction, input,",
         ),
         ({"prompt_template": "{a}", "column_map": {"instruction": "b"}}, r"does not read.*the names are a, output"),
         ({"prompt_template": "{a.b}"}, r"{a.b} is not the name of a column"),
         ({"prompt_template": "{}"}, r"not the name"),
         ({"prompt_template": "{a"}, r"prompt_template"),
-        ({"prompt_template": "{a}", "format": "completion"}, r"prompt_template is for format=instruct"),
+        (
+            {"prompt_template": "{a}", "format": "completion"},
+            r"dataset\.prompt_template is for dataset\.format=instruct",
+        ),
         ({"train_on_input": True, "format": "text"}, r"train_on_input"),
     ],
 )

@@ -116,7 +116,10 @@ def test_an_epoch_may_end_early() -> None:
         (Loader(make_examples(12), batch_size=1), "the examples"),
         (Loader(make_examples(), batch_size=1, seed=1), "seed changed"),
         (Loader(make_examples(), batch_size=1, shuffle=False), "shuffle changed"),
-        (Loader(make_examples(), batch_size=2), r"batch_size \* gradient_accumulation_steps changed .*1 then, 2 now"),
+        (
+            Loader(make_examples(), batch_size=2),
+            r"batch_size \* gradient_accumulation_steps \(times ranks\) changed .*1 then, 2 now",
+        ),
         (
             Loader(make_examples(), batch_size=1, max_steps_per_epoch=5),
             "max_steps_per_epoch .* changed .*11 then, 5 now",
@@ -195,7 +198,7 @@ def test_fingerprint() -> None:
 def test_ids_name_examples_wherever_they_stand() -> None:
     examples = make_examples(50)
     assert len(set(examples.ids.tolist())) == 50
-    assert examples.lengths.tolist() == [examples.length(i) for i in range(50)]
+    assert examples.lengths.tolist() == [len(examples[i][0]) for i in range(50)]
     rows = [
         [([int(i) for i in examples.tokens[a:b]], [False] * (b - a - 1) + [True])]
         for a, b in pairwise(examples.offsets)
@@ -230,22 +233,17 @@ def many_examples(count: int = 101, max_seq_len: int = 40) -> Examples:
     return Examples.of("dataset", max_seq_len, rows)
 
 
+def on_ranks(examples: Examples, num_ranks: int, **settings: Any) -> list[Loader]:
+    """One loader for each of the processes that share a step."""
+    return [Loader(examples, rank=rank, num_ranks=num_ranks, **settings) for rank in range(num_ranks)]
+
+
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize(("num_ranks", "batch_size", "accumulation"), [(2, 3, 2), (3, 4, 1), (5, 2, 3)])
 def test_ranks_share_a_step(how: dict[str, Any], num_ranks: int, batch_size: int, accumulation: int) -> None:
     examples = many_examples()
     alone = Loader(examples, batch_size=num_ranks * batch_size * accumulation, **how)
-    ranks = [
-        Loader(
-            examples,
-            batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            rank=rank,
-            num_ranks=num_ranks,
-            **how,
-        )
-        for rank in range(num_ranks)
-    ]
+    ranks = on_ranks(examples, num_ranks, batch_size=batch_size, gradient_accumulation_steps=accumulation, **how)
     assert alone.num_steps(2) == ranks[0].num_steps(2)
     for _ in range(alone.num_steps(2)):
         whole = labelled(alone.next_step())
@@ -260,7 +258,7 @@ def test_ranks_share_a_step(how: dict[str, Any], num_ranks: int, batch_size: int
 def test_an_uneven_end_is_filled_with_batches_that_teach_nothing() -> None:
     for packed in (False, True):
         examples = Examples.of("dataset", 8, [[([5, 6, 7, 8, 9, 1], [False, *[True] * 5])]])
-        steps = [Loader(examples, batch_size=2, rank=rank, num_ranks=3, packed=packed).next_step() for rank in range(3)]
+        steps = [loader.next_step() for loader in on_ranks(examples, 3, batch_size=2, packed=packed)]
         assert sorted(data.count_labels(step) for step in steps) == [0, 0, 5]
         assert all((batch.documents is not None) == packed for step in steps for batch in step)
 
@@ -273,18 +271,8 @@ def test_every_example_is_seen_once_whatever_the_ranks_after_a_stop(how: dict[st
 
     def loaders(split: tuple[int, int, int], state: dict[str, Any] | None) -> list[Loader]:
         num_ranks, batch_size, accumulation = split
-        made = [
-            Loader(
-                examples,
-                batch_size=batch_size,
-                gradient_accumulation_steps=accumulation,
-                rank=rank,
-                num_ranks=num_ranks,
-                seed=2,
-                **how,
-            )
-            for rank in range(num_ranks)
-        ]
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        made = on_ranks(examples, num_ranks, **sizes, seed=2, **how)
         for loader in made:
             if state is not None:
                 loader.load_state_dict(json.loads(json.dumps(state)))

@@ -13,7 +13,7 @@ import torch
 import kdtune
 from kdtune import data, tokenizers
 from kdtune.data import IGNORE
-from kdtune.data.packing import WINDOW, Rows, pack
+from kdtune.data.packing import WINDOW, RowPlan, pack
 
 ASSETS = Path(kdtune.__file__).parent / "assets" / "quickstart"
 
@@ -31,7 +31,7 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def as_lists(rows: Rows) -> list[list[int]]:
+def as_lists(rows: RowPlan) -> list[list[int]]:
     return [rows[i].tolist() for i in range(len(rows))]
 
 
@@ -122,9 +122,9 @@ def test_every_document_is_in_the_batch_as_it_is_alone(examples: data.Examples) 
     chosen = [[3, 1, 4], [15, 9], [2]]
     batch = data.collate_packed([[examples[i] for i in row] for row in chosen], 7)
     assert batch.documents is not None
-    length = max(sum(examples.length(i) for i in row) for row in chosen)
+    length = max(int(examples.lengths[row].sum()) for row in chosen)
     assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (3, length)
-    assert batch.documents.rows == [[examples.length(i) for i in row] for row in chosen]
+    assert batch.documents.rows == [examples.lengths[row].tolist() for row in chosen]
     assert batch.documents.row_length == length
     for b, row in enumerate(chosen):
         start = 0
@@ -140,7 +140,7 @@ def test_every_document_is_in_the_batch_as_it_is_alone(examples: data.Examples) 
 
 def test_labels_never_cross_a_border(examples: data.Examples) -> None:
     """A label is the next token of its own document; that of a document's last token is its own end, or nothing."""
-    (batch, *_) = data.val_batches(examples, 4, data.DatasetConfig(source="", packed=True))[examples.name]
+    batch = next(iter(data.ValBatches(examples, 4, packed=True)))
     assert batch.documents is not None
     scored = batch.labels[:, :-1] != IGNORE
     inside = batch.positions[:, 1:] > 0
@@ -153,13 +153,14 @@ def test_labels_never_cross_a_border(examples: data.Examples) -> None:
 
 def test_validation_rows_are_packed_too(examples: data.Examples) -> None:
     packed, grouped, in_order = (
-        data.val_batches(examples, 4, data.DatasetConfig(packed=packed, group_by_length=group))[examples.name]
+        data.ValBatches(examples, 4, packed=packed, group_by_length=group)
         for packed, group in ((True, None), (False, None), (False, False))
     )
     for batches in (packed, grouped, in_order):
-        assert data.count_labels(batches) == examples.num_labels
+        assert batches.num_labels == data.count_labels(list(batches)) == examples.num_labels
+        assert len(batches) == len(list(batches))
     computed = [sum(batch.tokens.numel() for batch in batches) for batches in (packed, grouped, in_order)]
     assert max(computed[:2]) < 0.9 * computed[2]
-    assert in_order[0].tokens[0, : examples.length(0)].tolist() == examples[0][0].tolist()
+    assert next(iter(in_order)).tokens[0, : examples.lengths[0]].tolist() == examples[0][0].tolist()
     with pytest.raises(ValueError, match=r"dataset\.group_by_length=true is for rows of one document"):
-        data.val_batches(examples, 4, data.DatasetConfig(source="", packed=True, group_by_length=True))
+        data.ValBatches(examples, 4, packed=True, group_by_length=True)

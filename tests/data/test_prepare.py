@@ -76,15 +76,15 @@ def test_too_long(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     cut = load(source, tokenizer, size, too_long="truncate")
     assert contents(cut) == [[tokens[:size], labels[:size]], short]
     assert contents(load(source, tokenizer, size)) == contents(cut)
-    assert "1 rows truncated to 5 tokens" in cut.summary()
+    assert "1 row truncated to 5 tokens" in cut.summary()
     pieces = load(source, tokenizer, size, too_long="split")
     expected = [[tokens[i : i + size], labels[i : i + size]] for i in range(0, len(tokens), size)]
     assert contents(pieces) == [*expected, short]
     assert pieces.num_labels == whole.num_labels, "every label once"
-    assert "1 rows split into examples of 5 tokens" in pieces.summary()
+    assert "1 row split into examples of 5 tokens" in pieces.summary()
     dropped = load(source, tokenizer, size, too_long="drop")
     assert contents(dropped) == [short]
-    assert "1 rows dropped (longer than 5 tokens)" in dropped.summary()
+    assert "1 row dropped (longer than 5 tokens)" in dropped.summary()
     assert load(source, tokenizer, len(tokens), too_long="drop").num_labels == whole.num_labels, "just fits"
 
 
@@ -111,20 +111,20 @@ def test_joined_documents(
     assert [id for tokens, _ in contents(examples) for id in tokens] == ids[:-1]
     assert [id for _, labels in contents(examples) for id in labels] == ids[1:]
     assert set(examples.lengths[:-1].tolist()) <= {max_seq_len}
-    assert (examples.num_rows, examples.num_dropped, examples.num_labels) == (5, 1, len(ids) - 1)
+    assert (examples.num_rows, examples.counts.num_dropped, examples.num_labels) == (5, 1, len(ids) - 1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"join_documents": True}, r"dataset.join_documents=true is for format=text and tokens"),
+        ({"join_documents": True}, r"dataset.join_documents=true is for dataset.format=text and tokens"),
         (
             {"format": "text", "join_documents": True, "packed": True},
             r"dataset.packed=true fills rows with whole documents",
         ),
-        ({"format": "text", "join_documents": True, "too_long": "drop"}, r"too_long=drop says nothing"),
-        ({"document_end_id": 3}, "document_end_id is for format=tokens"),
-        ({"token_dtype": "uint16"}, "token_dtype is for format=tokens"),
+        ({"format": "text", "join_documents": True, "too_long": "drop"}, r"dataset.too_long=drop says nothing"),
+        ({"document_end_id": 3}, "dataset.document_end_id is for dataset.format=tokens"),
+        ({"token_dtype": "uint16"}, "dataset.token_dtype is for dataset.format=tokens"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -202,7 +202,9 @@ def test_json_that_is_nested_too_deeply(tokenizer: tokenizers.Tokenizer, tmp_pat
 
 def test_nothing_but_skipped_rows(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"question": "a"}] * 3)
-    with pytest.raises(ValueError, match=r"none of the 3 rows .* 3 were skipped, the first: line 1 of .*no column"):
+    with pytest.raises(
+        ValueError, match=r"^dataset: the 3 rows of .* were all skipped, the first: line 1 of .*no column"
+    ):
         load(source, tokenizer, on_error="skip")
 
 
@@ -210,7 +212,9 @@ def test_ids_outside_of_the_vocabulary_may_be_skipped(tokenizer: tokenizers.Toke
     source = write(tmp_path / "rows.jsonl", [{"prompt": "the fox", "completion": "a"}] * 2)
     vocab_size = tokenizer.eos_id + 1
     assert load(source, tokenizer, vocab_size=vocab_size).num_rows == 2
-    with pytest.raises(ValueError, match=r"2 were skipped, the first: line 1 of .*the token '<\|im_end\|>'"):
+    with pytest.raises(
+        ValueError, match=r"the 2 rows of .* were all skipped, the first: line 1 of .*the token '<\|im_end\|>'"
+    ):
         load(source, tokenizer, vocab_size=vocab_size - 1, on_error="skip")
 
 
@@ -334,7 +338,8 @@ def test_what_makes_another_set(tokenizer: tokenizers.Tokenizer, tmp_path: Path)
     count("split", split="[:10]")
     count("train_on_input", train_on_input=True)
     count("too_long", too_long="drop")
-    count("vocabulary", vocab_size=10_000)
+    count("the default of too_long", too_long="truncate")
+    count("models with more ids", vocab_size=10_000)
     status = path.stat()
     write(path, [*pairs(10), *pairs(10)[::-1]])
     count("content")
@@ -344,7 +349,40 @@ def test_what_makes_another_set(tokenizer: tokenizers.Tokenizer, tmp_path: Path)
     count("another place of the same tokenizer", tokenizers.load(folder))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     count("tokenizer", tokenizers.load(folder))
-    assert list(number.values())[4:] == [2, 3, 4, 5, 6, 7, 8, 8, 9]
+    assert list(number.values())[4:] == [2, 3, 4, 5, 5, 5, 6, 7, 7, 8]
+
+
+def test_models_with_fewer_ids_are_told_of_a_cached_row(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", pairs(20))
+    settings: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
+    load(source, tokenizer, vocab_size=tokenizer.eos_id + 1, **settings)
+    with pytest.raises(ValueError, match=rf"^dataset: a row of {source} has the token '<\|im_end\|>' with id 502, but"):
+        load(source, tokenizer, vocab_size=tokenizer.eos_id, **settings)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_where_rows_are_skipped_the_vocabulary_makes_another_set(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"tokens": [1, 2, 3]}, {"tokens": [1, 700]}, {"tokens": [1, 1000]}])
+    settings: dict[str, Any] = {"format": "tokens", "cache_dir": str(tmp_path / "cache"), "on_error": "skip"}
+    assert [len(load(source, tokenizer, vocab_size=size, **settings)) for size in (1001, 1000, 700)] == [3, 2, 1]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    text = write(tmp_path / "text.jsonl", pairs(20))  # whose ids are all of the tokenizer
+    for size in (None, tokenizer.vocab_size, tokenizer.vocab_size + 64):
+        load(text, tokenizer, vocab_size=size, cache_dir=str(tmp_path / "other"), on_error="skip")
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_where_the_rows_came_from_is_told(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "rows.jsonl", pairs(20))
+    load(source, tokenizer)
+    assert not capsys.readouterr().out
+    for what in ("written to", "found in"):
+        load(source, tokenizer, cache_dir=str(tmp_path / "cache"))
+        assert capsys.readouterr().out == f"dataset: tokenised rows {what} {cached(tmp_path)}\n"
 
 
 @pytest.mark.parametrize(
@@ -381,13 +419,15 @@ def test_damaged_sets_are_named_and_made_again(
         os.truncate(path, path.stat().st_size + content)
     else:
         path.write_bytes(content)
-    assert not capsys.readouterr().out
+    capsys.readouterr()
     assert_same(load(source, tokenizer, cache_dir=str(tmp_path / "cache")), plain)
-    printed = capsys.readouterr().out
-    assert printed.endswith("The rows are tokenised again.\n")
-    assert re.search(message, printed)
+    damage, written = capsys.readouterr().out.splitlines()
+    assert damage.endswith("The rows are tokenised again.")
+    assert re.search(message, damage)
+    assert written == f"dataset: tokenised rows written to {path.parent}"
     assert_same(load(source, tokenizer, cache_dir=str(tmp_path / "cache")), plain)
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out == f"dataset: tokenised rows found in {path.parent}\n"
+    assert list(path.parents[1].iterdir()) == [path.parent]
 
 
 def test_what_others_put_there_is_not_deleted(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
@@ -401,7 +441,7 @@ def test_what_others_put_there_is_not_deleted(tokenizer: tokenizers.Tokenizer, t
 
 def test_a_file_is_no_cache_dir(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", pairs(1))
-    with pytest.raises(NotADirectoryError, match=r"cache_dir .*rows\.jsonl is a file"):
+    with pytest.raises(NotADirectoryError, match=r"^dataset\.cache_dir=.*rows\.jsonl is a file"):
         load(source, tokenizer, cache_dir=source)
 
 
@@ -423,6 +463,55 @@ def test_the_slower_of_two_writers_takes_what_is_there(tokenizer: tokenizers.Tok
     assert found is not None
     assert_same(found, plain)
     assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_set_that_another_process_removes_is_written_once_more(
+    times: int, tokenizer: tokenizers.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that find a set damaged, the slower may remove what the faster has written in its place."""
+    source = write(tmp_path / "rows.jsonl", pairs(10))
+    plain = load(source, tokenizer)
+    write_set, left = cache.write, [True] * times
+
+    def write_and_lose(folder: Path, *arguments: Any) -> None:
+        write_set(folder, *arguments)
+        if left:
+            left.pop()
+            cache.remove(folder)
+
+    monkeypatch.setattr(cache, "write", write_and_lose)
+    if times == 1:
+        assert_same(load(source, tokenizer, cache_dir=str(tmp_path / "cache")), plain)
+    else:
+        with pytest.raises(OSError, match="written twice and is not there"):
+            load(source, tokenizer, cache_dir=str(tmp_path / "cache"))
+
+
+def test_removing_what_another_process_removed(tmp_path: Path) -> None:
+    cache.remove(tmp_path / "rows-0123456789abcdef")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_writers_left_is_deleted_after_a_day(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", pairs(10))
+    folder, now = tmp_path / "cache", time.time()
+    ages = {
+        "rows-0123456789abcdef.1.2": 25,
+        "rows-0123456789abcdef.1.3": 23,
+        "hidden": 99,
+        "mine-0123456789abcdef.1.4": 99,
+    }
+    for name, hours in ages.items():
+        (folder / f".{name}").mkdir(parents=True)
+        file = folder / f".{name}" / ("notes.txt" if name.startswith("mine") else "tokens.npy")
+        file.write_bytes(b"0")
+        for path in (file, file.parent):
+            os.utime(path, (now, now - hours * 3600))
+    os.utime(folder / ".rows-0123456789abcdef.1.3", (now, now - 99 * 3600))  # the folder itself does not change
+    load(source, tokenizer, cache_dir=str(folder))
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left == {f".{name}" for name in ages} - {".rows-0123456789abcdef.1.2"}
 
 
 def test_one_file_of_many_is_enough_to_tell_sets_apart(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
 import tokenizer_folders as folders
+from pyarrow import parquet
 
 from kdtune import data, tokenizers
 from kdtune.data import Batch, DatasetConfig, Examples, StreamLoader
@@ -40,7 +43,6 @@ def write(folder: Path, kind: str = "jsonl") -> Path:
         texts = TEXTS[start : start + count]
         start += count
         if kind == "parquet":
-            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
             parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
         elif kind == "csv":
             path.write_text("text\n" + "".join(f"{text}\n" for text in texts))
@@ -52,15 +54,11 @@ def write(folder: Path, kind: str = "jsonl") -> Path:
 
 def stream(source: Path, tokenizer: tokenizers.Tokenizer, max_seq_len: int = 64, **settings: Any) -> data.Stream:
     settings = {"format": "text", "streaming": True, "shuffle_buffer": 5, **settings}
-    opened = data.load_or_stream(DatasetConfig(source=str(source), **settings), tokenizer, max_seq_len)
-    assert isinstance(opened, data.Stream)
-    return opened
+    return data.Stream(DatasetConfig(source=str(source), **settings), tokenizer, max_seq_len)
 
 
 def loader(opened: data.Stream, batch_size: int = 2, accumulation: int = 2, **settings: Any) -> StreamLoader:
-    made = data.make_loader(opened, batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings)
-    assert isinstance(made, StreamLoader)
-    return made
+    return StreamLoader(opened, batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings)
 
 
 def ids(step: list[Batch]) -> list[int]:
@@ -91,7 +89,7 @@ def whole(source: Path, tokenizer: tokenizers.Tokenizer, max_seq_len: int = 64, 
 def test_a_pass_holds_each_example_once(
     shuffle: bool, max_seq_len: int, source: Path, tokenizer: tokenizers.Tokenizer
 ) -> None:
-    made = loader(stream(source, tokenizer, max_seq_len), shuffle=shuffle)
+    made = loader(stream(source, tokenizer, max_seq_len, shuffle_buffer=5 if shuffle else None), shuffle=shuffle)
     expected = whole(source, tokenizer, max_seq_len).ids.tolist()
     orders = []
     for epoch in range(3):
@@ -149,22 +147,63 @@ def test_ranks_share_each_step(tokenizer: tokenizers.Tokenizer, tmp_path: Path) 
     assert sorted(ids(resumed.next_step())) != []
 
 
-def test_broken_rows(tokenizer: tokenizers.Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_rows_are_told_once_and_counted_in_each_pass(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "rows.jsonl"
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    path.write_text(good + "broken\n" + '{"text": null}\n' + good)
-    made = loader(stream(path, tokenizer, on_error="skip"))
-    assert capsys.readouterr().out.count("dataset: skipped") == 2
-    found, state = [], None
-    while made.epoch == 0:
-        found += ids(made.next_step())
-        state = state or (made.state_dict() if len(found) > len(TEXTS) else None)
-    assert len(found) == 2 * len(TEXTS)
-    resumed = loader(stream(path, tokenizer, on_error="skip"))
-    assert state is not None
-    resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^dataset: .*rows\.jsonl, line 24, column 1: broken json"):
-        stream(path, tokenizer)
+    path.write_text(good + "broken\n" + '{"text": null}\n' + good + "broken, and last\n")
+    opened = stream(path, tokenizer, on_error="skip")
+    made = loader(opened)
+    assert capsys.readouterr().out.count("dataset: skipped") == 3, "among the first rows"
+    states, steps = [], []
+    while made.epoch < 2:
+        states.append(made.state_dict())
+        steps.append(ids(made.next_step()))
+    assert sum(map(len, steps)) == 2 * 2 * len(TEXTS)
+    passes = [f"dataset: 3 rows skipped in pass {number}\n" for number in (1, 2)]
+    assert capsys.readouterr().out == "".join(passes)
+    for stop, state in enumerate(states):
+        resumed = loader(opened)
+        resumed.load_state_dict(state)
+        assert not capsys.readouterr().out, "the rows of the buffer are read again"
+        assert [ids(resumed.next_step()) for _ in steps[stop:]] == steps[stop:]
+        assert resumed.epoch == 2
+        assert capsys.readouterr().out == "".join(passes[state["epoch"] :])
+
+
+def test_of_many_skipped_rows_the_first_are_told(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "the fox"}\n' + "broken\n" * 400)
+    made = loader(stream(tmp_path / "rows.jsonl", tokenizer, on_error="skip"))
+    made.next_step()
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 6
+    assert told[-1] == "dataset: 400 rows skipped in pass 1"
+
+
+def test_first_rows_that_cannot_be_used(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "the fox"}) + "\nbroken\n")
+    with pytest.raises(ValueError, match=r"^dataset: .*rows\.jsonl, line 2, column 1: broken json"):
+        loader(stream(path, tokenizer))
+    path.write_text("broken\n" * 300 + json.dumps({"text": "the fox"}))
+    message = r"^dataset: the first 256 rows of .*rows\.jsonl were all skipped, the first: .*, line 1, column 1"
+    with pytest.raises(ValueError, match=message):
+        loader(stream(path, tokenizer, on_error="skip"))
+
+
+def test_the_order_of_files_and_the_choice_in_a_step_are_drawn_apart(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    """Numpy takes (seed, n, 0) for (seed, n): an order of that key would repeat the numbers of step n."""
+    made = loader(stream(write(tmp_path / "rows"), tokenizer), seed=3)
+    many = SimpleNamespace(rows=SimpleNamespace(shards=[None] * 50))
+    made.stream = many  # type: ignore[assignment]
+    of_steps = [np.random.default_rng([3, step]).permutation(50).tolist() for step in range(5)]
+    for made.epoch in range(5):
+        assert made._order().tolist() not in of_steps
 
 
 def test_summary(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
@@ -172,7 +211,11 @@ def test_summary(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     run = data.RunData(loader(opened), 10, None, {})
     assert run.summary().startswith(f"dataset (first rows): {len(TEXTS)} rows, ")
     assert run.summary().endswith("streamed from 4 files through a buffer of 5 examples")
-    assert loader(opened, shuffle=False).summary() == "streamed from 4 files"
+    unsaid = stream(tmp_path / "rows", tokenizer, shuffle_buffer=None)
+    assert loader(unsaid, shuffle=False).summary() == "streamed from 4 files"
+    assert loader(unsaid).summary() == "streamed from 4 files through a buffer of 10,000 examples"
+    with pytest.raises(ValueError, match=r"dataset\.shuffle_buffer=5 mixes rows, and shuffle=false keeps them"):
+        loader(opened, shuffle=False)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +226,7 @@ def test_summary(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
         ({"join_documents": True}, "dataset.join_documents is for sets"),
         ({"num_workers": 2}, "dataset.num_workers is for sets"),
         ({"cache_dir": "cache"}, "dataset.cache_dir is for sets"),
-        ({"split": "train[:90%]"}, r"not a part: split=train\[:90%\]"),
+        ({"split": "train[:90%]"}, r"not a part: dataset\.split=train\[:90%\]"),
         ({"source": None}, "has no rows"),
     ],
 )
@@ -192,19 +235,7 @@ def test_settings_that_do_not_fit(
 ) -> None:
     cfg = DatasetConfig(**{"source": str(write(tmp_path / "rows")), "format": "text", "streaming": True, **settings})
     with pytest.raises(ValueError, match=message):
-        data.load_or_stream(cfg, tokenizer, 64)
-
-
-def test_a_run_needs_its_number_of_steps(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
-    opened = stream(write(tmp_path / "rows"), tokenizer)
-    assert loader(opened).num_steps(1, 7) == 7
-    for arguments in ((1, None), (2, 7)):
-        with pytest.raises(ValueError, match="Give max_steps"):
-            loader(opened).num_steps(*arguments)
-    with pytest.raises(ValueError, match="max_steps_per_epoch=3 says nothing"):
-        loader(opened, max_steps_per_epoch=3)
-    with pytest.raises(ValueError, match="streaming=true is for training"):
-        data.load(DatasetConfig(source=str(tmp_path / "rows"), format="text", streaming=True), tokenizer, 64)
+        data.Stream(cfg, tokenizer, 64)
 
 
 def test_resuming_with_other_rows_or_settings_is_refused(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
@@ -214,14 +245,14 @@ def test_resuming_with_other_rows_or_settings_is_refused(tokenizer: tokenizers.T
     state = made.state_dict()
     for other, message in [
         (loader(stream(source, tokenizer), seed=1), "seed changed"),
-        (loader(stream(source, tokenizer), shuffle=False), "shuffle changed"),
-        (loader(stream(source, tokenizer), batch_size=3), "batch_size"),
+        (loader(stream(source, tokenizer, shuffle_buffer=None), shuffle=False), "shuffle changed"),
+        (loader(stream(source, tokenizer), batch_size=3), r"batch_size .* \(times ranks\) changed .*4 then, 6 now"),
         (loader(stream(source, tokenizer, shuffle_buffer=6)), r"dataset\.shuffle_buffer changed"),
         (loader(stream(source, tokenizer, 7)), "the rows"),
     ]:
         with pytest.raises(ValueError, match=f"cannot continue in dataset: {message}"):
             other.load_state_dict(state)
-    read = data.make_loader(whole(source, tokenizer), batch_size=2, gradient_accumulation_steps=2)
+    read = data.Loader(whole(source, tokenizer), batch_size=2, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match=r"of a run with dataset\.streaming=true"):
         read.load_state_dict(state)
     with pytest.raises(ValueError, match=r"of a run without dataset\.streaming=true"):
@@ -232,7 +263,6 @@ def test_resuming_with_other_rows_or_settings_is_refused(tokenizer: tokenizers.T
 
 
 def test_a_stream_of_the_hub(tokenizer: tokenizers.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     files = [str(path) for path in sorted(write(tmp_path / "rows").glob("*.jsonl")) if path.stat().st_size]
     load_dataset = datasets.load_dataset
 

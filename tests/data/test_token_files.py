@@ -144,7 +144,7 @@ def test_indexed(dtype: Any, tokenizer: tokenizers.Tokenizer, tmp_path: Path) ->
     write_indexed(tmp_path / "set_text_document", DOCUMENTS, [0, 2, 2, 3], dtype)
     examples = load(path, tokenizer)
     assert documents(examples) == [DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]]
-    assert (examples.num_rows, examples.num_dropped) == (3, 1)
+    assert (examples.num_rows, examples.counts.num_dropped) == (3, 1)
 
 
 def damage(tmp_path: Path, what: str) -> Path:
@@ -239,5 +239,5 @@ def test_a_tokenizer_without_an_eos(tokenizer: tokenizers.Tokenizer, tmp_path: P
     assert documents(load(rows_file(tmp_path, {"tokens": DOCUMENTS[0]}), other)) == DOCUMENTS[:1]
     np.save(tmp_path / "a.npy", DOCUMENTS[0])
     assert documents(load(tmp_path / "a.npy", other, document_end_id=END)) == DOCUMENTS[:1]
-    with pytest.raises(ValueError, match=r"nothing says where a document ends\. Give document_end_id"):
+    with pytest.raises(ValueError, match=r"nothing says where a document ends\. Give dataset\.document_end_id"):
         load(tmp_path / "a.npy", other)

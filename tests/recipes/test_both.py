@@ -539,7 +539,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["dataset.source=nowhere.jsonl"], "nowhere.jsonl"),
         (["checkpointer.checkpoint_dir=nowhere"], "nowhere is not a folder"),
         (["checkpointer.keep_layers=[0, 7]"], "keep_layers"),
-        (["tokenizer.max_seq_len=4"], "none of the 10 rows"),
+        (["tokenizer.max_seq_len=4"], "have nothing to train on: 10 are without"),
         pytest.param(
             ["device=cuda"],
             "device=cuda, but torch",

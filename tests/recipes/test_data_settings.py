@@ -14,6 +14,7 @@ import tiny_runs
 from tiny_runs import distil, finetune
 
 from kdtune import data, tokenizers
+from kdtune.cli.main import main
 from kdtune.data import DatasetConfig
 
 RUNS = pytest.mark.parametrize("run", [distil, finetune])
@@ -28,6 +29,19 @@ def test_cached_rows_make_the_same_run(run: Callable[..., Path], tiny: Path, tmp
         cached = [f"dataset.cache_dir={tmp_path / 'cache'}", f"dataset.source={rows}", "dataset.on_error=skip"]
         tiny_runs.assert_same_run(run(tiny, tmp_path / name, *cached), plain)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_all_recipes_share_a_cached_set(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their models differ in the ids that they have."""
+    settings = [f"dataset.cache_dir={tmp_path / 'cache'}"]
+    tiny_runs.write_model(tmp_path / "larger", seed=1, num_hidden_layers=1, vocab_size=2112)
+    main(["data", *tiny_runs.arguments(tiny, tmp_path / "run", *settings, recipe="finetune")[1:]])
+    for recipe, model in [("finetune", tmp_path / "larger"), ("knowledge_distillation", tiny / "student")]:
+        settings = [*settings, f"checkpointer.checkpoint_dir={model}", "--dry-run"]
+        main(tiny_runs.arguments(tiny, tmp_path / "run", *settings, recipe=recipe))
+    (folder,) = (tmp_path / "cache").iterdir()
+    told = [line for line in capsys.readouterr().out.splitlines() if "tokenised rows" in line]
+    assert told == [f"dataset: tokenised rows {what} {folder}" for what in ("written to", "found in", "found in")]
 
 
 def test_rows_from_workers_make_the_same_run(tiny: Path, tmp_path: Path) -> None:
@@ -91,8 +105,8 @@ def test_a_stopped_stream_goes_on(
         (["dataset.streaming=true"], "Give max_steps"),
         (["dataset.streaming=true", "max_steps=3", "max_steps_per_epoch=2"], "max_steps_per_epoch=2 says nothing"),
         (["dataset.streaming=true", "max_steps=3", "dataset.packed=true"], "dataset.packed is for sets"),
-        (["dataset.join_documents=true"], "join_documents=true is for format=text and tokens"),
-        (["dataset.token_dtype=uint16"], "token_dtype is for format=tokens"),
+        (["dataset.join_documents=true"], "join_documents=true is for dataset.format=text and tokens"),
+        (["dataset.token_dtype=uint16"], "dataset.token_dtype is for dataset.format=tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(

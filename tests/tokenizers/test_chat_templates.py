@@ -221,14 +221,14 @@ def test_what_a_template_has_no_place_for_is_not_left_out(name: str, folder: Pat
 
 def test_a_named_template_without_its_tokens_is_refused(tmp_path: Path) -> None:
     qwen = tokenizers.load(folders.qwen(tmp_path / "qwen"))
-    with pytest.raises(ValueError, match=r"chat_template=phi3 writes <\|system\|>, .* no such special token"):
+    with pytest.raises(ValueError, match=r"the chat template phi3 writes <\|system\|>, .* no such special token"):
         qwen.with_chat_template("phi3")
-    with pytest.raises(ValueError, match="chat_template=llama2 writes bos_token,"):
+    with pytest.raises(ValueError, match="the chat template llama2 writes bos_token,"):
         qwen.with_chat_template("llama2")
     assert qwen.with_chat_template("chatml").render_chat(TURNS) == plain(expected("chatml") or "")
     llama2 = tokenizers.load(folders.llama2(tmp_path / "llama2"))
     for name in sorted(set(chat.NAMED) - {"llama2", "mistral_v1"}):
-        with pytest.raises(ValueError, match=f"chat_template={name} writes"):
+        with pytest.raises(ValueError, match=f"the chat template {name} writes"):
             llama2.with_chat_template(name)
 
 
@@ -244,7 +244,7 @@ def test_a_template_in_a_file(tmp_path: Path) -> None:
     path.write_text("{% for %}")
     with pytest.raises(ValueError, match="not valid jinja: line 1"):
         tokenizer.with_chat_template(str(path))
-    with pytest.raises(ValueError, match="chat_template=alpaca is neither a file nor one of chatml, gemma, llama2"):
+    with pytest.raises(ValueError, match="the chat template alpaca is neither a file nor one of chatml, gemma, llama2"):
         tokenizer.with_chat_template("alpaca")
 
 
