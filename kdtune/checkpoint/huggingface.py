@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
-from kdtune.models import Decoder, ModelConfig, from_hf_config, parameter_shapes
+from kdtune.models import (
+    Decoder,
+    ModelConfig,
+    Quantization,
+    from_hf_config,
+    parameter_shapes,
+    quantize_linear,
+    quantized_shapes,
+)
 from kdtune.tokenizers import ChatTemplate
 
 WEIGHTS = "model.safetensors"
@@ -139,15 +147,17 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     keep_layers: Sequence[int] | None = None,
+    quantization: Quantization | None = None,
     random_weights: bool = False,
     seed: int = 0,
 ) -> Decoder:
-    """Build the model of a folder and fill it, never holding more than it plus a small buffer.
+    """Build the model of a folder and fill it, never holding more than it plus a small buffer and a weight to quantise.
 
     Args:
         folder: a Hugging Face checkpoint; `config.json` is enough for `random_weights`.
         dtype: of the weights in memory, whatever the files have.
-        device: where each weight is put as soon as it is read.
+        device: where each weight is put as soon as it is read. On `meta` nothing is read but `config.json`.
+        quantization: of the linear layers' weights, each as soon as it is there; None: as they are.
         keep_layers: layers of the folder's model to keep, increasing; the first becomes layer 0. None: all.
         random_weights: draw the weights instead of reading them: normal with the config's `initializer_range`, norms
             1, biases 0.
@@ -159,18 +169,23 @@ def load_model(
     hf_config = read_config(folder)
     whole = from_hf_config(hf_config)
     config = from_hf_config(select_layers(hf_config, keep_layers))
-    stored = {} if random_weights else check_files(folder, whole)
+    is_meta = torch.device(device).type == "meta"
+    stored = {} if random_weights or is_meta else check_files(folder, whole)
+    quantized = quantized_shapes(config) if quantization else {}
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     with torch.device("meta"):
         model = Decoder(config)
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if random_weights:
+        if random_weights and not is_meta:
             _draw(name, weight, config.initializer_range, generator)
-        else:
+        elif not is_meta:
             read_into(stored[_name_in_folder(name, keep_layers)], weight, buffer)
-        _assign(model, name, weight)
+        if quantization is not None and name in quantized:
+            quantize_linear(model, name.removesuffix(".weight"), weight, quantization)
+        else:
+            _assign(model, name, weight)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model

@@ -5,16 +5,34 @@ from kdtune.models.checkpointing import CheckpointingMode, check_checkpointing
 from kdtune.models.config import ModelConfig, RopeConfig
 from kdtune.models.decoder import Decoder, enable_activation_checkpointing, num_parameters, parameter_shapes
 from kdtune.models.families import from_hf_config
+from kdtune.models.quantization import (
+    Quantization,
+    QuantizedLinear,
+    check_quantization,
+    dequantize,
+    num_bytes,
+    quantize,
+    quantize_linear,
+    quantized_shapes,
+)
 
 __all__ = [
     "CheckpointingMode",
     "Decoder",
     "KVCache",
     "ModelConfig",
+    "Quantization",
+    "QuantizedLinear",
     "RopeConfig",
     "check_checkpointing",
+    "check_quantization",
+    "dequantize",
     "enable_activation_checkpointing",
     "from_hf_config",
+    "num_bytes",
     "num_parameters",
     "parameter_shapes",
+    "quantize",
+    "quantize_linear",
+    "quantized_shapes",
 ]

@@ -1,8 +1,10 @@
 """Folders in and out: identical bits, an equal opinion from transformers, and one clear message for each defect."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from kdtune.checkpoint import (
     StartCheckpointerConfig,
     check_files,
     check_start,
+    huggingface,
     load_model,
     read_companions,
     read_config,
     save_model,
     select_layers,
 )
-from kdtune.checkpoint.weights import read_header
-from kdtune.models import Decoder, from_hf_config
+from kdtune.checkpoint.weights import StoredTensor, read_header, read_into
+from kdtune.models import Decoder, QuantizedLinear, dequantize, from_hf_config, quantize, quantized_shapes
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -393,3 +396,60 @@ def test_peak_host_memory_is_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path), "float32", "bfloat16"]
     ratios = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert [float(ratio) for ratio in ratios] == pytest.approx([1, 1], abs=0.1)
+
+
+# Quantised while it is read.
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "fp8"])
+def test_quantised_model_is_that_of_its_rounded_weights(kind: Any, hf_folder: Callable[..., Path]) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = hf_folder("qwen2", intermediate_size=256, num_key_value_heads=4, hidden_size=128)
+    full, model = load(folder), load(folder, quantization=kind)
+    quantized = quantized_shapes(model.config)
+    assert len(quantized) == 7 * model.config.num_layers
+    for name, parameter in model.named_parameters():
+        if name in quantized:
+            assert isinstance(model.get_submodule(name.removesuffix(".weight")), QuantizedLinear)
+            assert not parameter.requires_grad
+            parameter = dequantize(parameter)
+            assert torch.equal(parameter, dequantize(quantize(full.get_parameter(name), kind)))
+            full.get_parameter(name).data = parameter
+        assert torch.equal(parameter, full.get_parameter(name))
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.load_state_dict(full.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS), theirs(TOKENS).logits, atol=1e-5)
+
+
+def test_quantising_never_holds_the_model(hf_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a weight is read, of those before it nothing is left but few bits."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def watch(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
+        nonlocal most
+        if len(stored.shape) == 2:
+            alive.add(target)
+            most = max(most, len(alive))
+        read_into(stored, target, buffer)
+
+    monkeypatch.setattr(huggingface, "read_into", watch)
+    folder = hf_folder("llama")
+    gc.collect()
+    model = load(folder, quantization="int8")
+    del model
+    # The embedding and the head, the weight that is read, and the one before it, whose name is still bound.
+    assert most <= 4
+
+
+def test_on_meta_nothing_is_read_but_the_config(hf_folder: Callable[..., Path]) -> None:
+    folder = hf_folder("llama")
+    expected = {name: parameter.shape for name, parameter in load(folder).named_parameters()}
+    (folder / "model.safetensors").unlink()
+    for settings in ({}, {"quantization": "int8"}, {"random_weights": True}):
+        model = load_model(folder, dtype=torch.bfloat16, device="meta", **settings)
+        assert {name: parameter.shape for name, parameter in model.named_parameters()} == expected
+        assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        assert model(TOKENS.to("meta")).shape == (*TOKENS.shape, 97)
