@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -126,7 +127,6 @@ def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory() -> None:
-    psutil = pytest.importorskip("psutil")
     cpu = torch.device("cpu")
     before, resident = metrics.peak_memory_gib(cpu), psutil.Process().memory_info().rss / 2**30
     assert 0.05 < resident < before + 0.01

@@ -9,7 +9,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from kdtune.data import rows
 
@@ -55,8 +58,6 @@ def test_csv_and_parquet(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(ROWS)
     assert columns_of(tmp_path / "a.csv") == ROWS
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert columns_of(tmp_path / "a.parquet") == ROWS
 
@@ -75,7 +76,6 @@ def test_text(tmp_path: Path) -> None:
 
 
 def test_saved_by_datasets(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert columns_of(tmp_path / "saved", split="[:2]") == ROWS[:2]
 
@@ -165,7 +165,6 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(source: str) -> None:
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(*arguments: Any, **settings: Any) -> Any:

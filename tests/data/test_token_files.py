@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizer_folders as folders
+from pyarrow import parquet
 
 from kdtune import data, tokenizers
 from kdtune.data import IGNORE, DatasetConfig, Examples
@@ -82,7 +84,6 @@ def test_labels_and_masks(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> No
 
 
 def test_parquet(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"input_ids": DOCUMENTS}), tmp_path / "a.parquet")
     assert documents(load(tmp_path / "a.parquet", tokenizer)) == DOCUMENTS
 

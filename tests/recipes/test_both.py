@@ -103,7 +103,8 @@ def test_what_a_run_leaves_behind(recipe: Recipe, tiny: Path, tmp_path: Path) ->
 
 
 def test_the_model_opens_in_transformers(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = recipe(tiny, tmp_path / "run", *SHORT) / "model"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ours = checkpoint.load_model(folder, dtype=torch.float32, device="cpu")
@@ -198,9 +199,10 @@ def test_clipping(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     run = recipe(tiny, tmp_path / "run", *SHORT, *tiny_runs.validated_on(tiny), "metric_logger.tensorboard=true")
-    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {key for line in tiny_runs.lines(run) for key in line} - {"step"}
     for key in LOSSES[recipe] | VALIDATION[recipe]:
@@ -210,7 +212,8 @@ def test_tensorboard(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard_of_a_resumed_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     next_step, calls = data.Loader.next_step, 0
 
     def failing(loader: data.Loader) -> Any:
@@ -224,10 +227,10 @@ def test_tensorboard_of_a_resumed_run(tiny: Path, tmp_path: Path, monkeypatch: p
     settings = ["metric_logger.tensorboard=true", "save_every_n_steps=3", "resume_from_checkpoint=true"]
     with pytest.raises(RuntimeError, match="a crash"):
         finetune(tiny, tmp_path, *settings)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     assert [event.step for event in events.Reload().Scalars("loss")] == [1, 2, 3, 4, 5], "nothing waits in a buffer"
     finetune(tiny, tmp_path, *settings)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     assert [event.step for event in events.Reload().Scalars("loss")] == list(range(1, 10))
 
 
