@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kdtune.data.examples import Counts, Examples
 
+# What tells the random numbers of a source from those that group a blend's rows, which come of three numbers.
+_TURN = 1
+
 
 @final
 class Blend:
@@ -124,7 +127,8 @@ class Blend:
         first = int(draws[0])
         for turn in range(first // size, int(draws[-1]) // size + 1):
             of_turn = slice(max(0, turn * size - first), (turn + 1) * size - first)
-            found[of_turn] = np.random.default_rng([seed, source, turn]).permutation(size)[found[of_turn]]
+            generator = np.random.default_rng([seed, source, turn, _TURN])
+            found[of_turn] = generator.permutation(size)[found[of_turn]]
         return found
 
     def summary(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from kdtune import data
 from kdtune.data.blend import Blend
 from kdtune.data.examples import Examples
+from kdtune.data.loader import _STEPS_PER_GROUP
 
 
 def make_examples(name: str, size: int) -> Examples:
@@ -87,10 +88,10 @@ def test_reads_as_its_sources() -> None:
     assert changed.fingerprint != blend.fingerprint == make_blend({"a": 7, "b": 5}).fingerprint
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_loader_counts_epochs_of_each_source(packed: bool) -> None:
+@pytest.mark.parametrize(("how", "bound"), [({"packed": True}, 48), ({}, 48), ({"group_by_length": False}, 2)], ids=str)
+def test_the_loader_counts_epochs_of_each_source(how: dict[str, bool], bound: int) -> None:
     blend = make_blend({"a": 8, "b": 40}, {"a": 0.5, "b": 0.5})
-    loader = data.Loader(blend, batch_size=3, packed=packed)
+    loader = data.Loader(blend, batch_size=3, **how)
     seen: Counter[str] = Counter()
     for _ in range(40):
         rows = loader._rows  # of the present epoch, before the step may begin another
@@ -99,7 +100,7 @@ def test_the_loader_counts_epochs_of_each_source(packed: bool) -> None:
         for row in range(first, first + count):
             seen.update("ab"[source] for source in blend.source_of(rows[row]))
         assert loader.source_epochs() == pytest.approx({"a": seen["a"] / 8, "b": seen["b"] / 40})
-    assert abs(seen["a"] - seen["b"]) < len(blend) if packed else 2
+    assert abs(seen["a"] - seen["b"]) < bound, "draws of an epoch are packed or grouped together"
 
 
 def test_stopped_and_resumed_sees_the_same() -> None:
@@ -115,6 +116,13 @@ def test_stopped_and_resumed_sees_the_same() -> None:
     for expected in steps[23:]:
         for batch, other in zip(second.next_step(), expected, strict=True):
             assert torch.equal(batch.tokens, other.tokens)
+
+
+def test_a_source_is_shuffled_by_numbers_of_its_own() -> None:
+    """Those that group rows by length come of (seed, epoch, steps of a group)."""
+    blend, turn = make_blend({"a": 30}), _STEPS_PER_GROUP
+    assert sorted(blend.order(turn, 5)) == list(range(30))
+    assert blend.order(turn, 5).tolist() != np.random.default_rng([5, 0, turn]).permutation(30).tolist()
 
 
 def blended(tiny: Path, *names: str) -> list[str]:
