@@ -19,7 +19,7 @@ from kdtune.data.examples import Counts, Examples, Part, counted, join, join_doc
 from kdtune.data.workers import ordered_map
 from kdtune.tokenizers import Tokenizer
 
-_CHUNK_SIZE = 256  # rows that are tokenised together, here or in another process
+_CHUNK_SIZE = 64  # rows that are tokenised together, here or in another process
 
 
 def load(

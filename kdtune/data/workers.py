@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,17 +19,23 @@ Result = TypeVar("Result")
 
 _WAITING_PER_WORKER = 4  # items that are sent ahead of the one whose result is asked for
 
+# A forked process is there at once and has the function; a spawned one first imports torch and builds the tokenizer,
+# which takes longer than this process needs for ten thousand rows. What a fork may break on, locks that other threads
+# held, is nothing that tokenising takes: no torch, no CUDA, no thread of a tokenizer. (torch's DataLoader forks, too.)
+# On macOS the system's own libraries may not be used in a fork.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
 _function: Callable[[Any], Any]  # of this worker
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """`map(function, items)`, computed by `num_workers` processes; 0: by this one.
 
-    Items are taken only a little ahead of the results, so that memory does not grow with their number. Processes are
-    spawned: a fork would copy the threads and locks of torch and of the tokenizers in whatever state they are.
+    Items are taken only a little ahead of the results, so that memory does not grow with their number.
 
     Args:
-        function: can be pickled, as can items and results. It is sent once to each process.
+        function: can be pickled, as can items and results. It goes once to each process. It must not use torch or
+            threads, for the sake of forks.
         items: in their order.
         num_workers: processes.
 
@@ -38,10 +45,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_w
     if num_workers == 0:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(function,))
     waiting: deque[Future[Any]] = deque()
     try:
+        pool.submit(int)  # starts all of them, before reading the items has started threads of its own
         for item in items:
             waiting.append(pool.submit(_call, item))
             if len(waiting) > num_workers * _WAITING_PER_WORKER:
@@ -61,6 +69,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_w
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that waits for them stops them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handlers of its parent
     _function = function
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_folders as folders
+import torch
 
 from kdtune import data, tokenizers
 from kdtune.data import DatasetConfig, Examples, cache, rows, workers
 from kdtune.data.encoding import RowEncoder
+from kdtune.interrupt import Interrupt
 
 TEXT = "the quick brown fox jumps over the lazy dog and does not mind it"
 WORDS = TEXT.split()
@@ -255,18 +259,20 @@ def slow(item):
 
 if __name__ == "__main__":
     print("ready", flush=True)
+    workers.START_METHOD = sys.argv[1]
     for result in workers.ordered_map(slow, range(10_000), 2):
         print(result, flush=True)
 """
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"] if sys.platform == "linux" else ["spawn"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopping_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+def test_stopping_leaves_no_process(number: signal.Signals, method: str, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(Path(workers.__file__).parent)}
     process = subprocess.Popen(
-        [sys.executable, path],
+        [sys.executable, path, method],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -293,6 +299,49 @@ def test_stopping_leaves_no_process(number: signal.Signals, tmp_path: Path) -> N
         time.sleep(0.05)
     else:
         pytest.fail("processes are left")
+
+
+def end_at_three(item: int) -> int:
+    if item == 3:
+        os._exit(1)
+    time.sleep(0.01 if item < 3 else 30)
+    return item
+
+
+def test_a_process_that_ends_by_itself_stops_the_run() -> None:
+    """Also during training, where SIGTERM asks for an end and does not make it: the others are ended by that signal."""
+    with Interrupt(), pytest.raises(ValueError, match="one of the 2 processes that tokenise ended by itself"):
+        list(workers.ordered_map(end_at_three, range(10_000), 2))
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_what_other_threads_do_does_not_stop_a_process(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    """Threads of torch, and a thread that tokenises."""
+    source = write(tmp_path / "rows.jsonl", pairs(300))
+    here = load(source, tokenizer)
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.is_set():
+            tokenizer.encode("the lazy dog")
+            torch.ones(300, 300) @ torch.ones(300, 300)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            assert_same(load(source, tokenizer, num_workers=2), here)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(num_threads)
 
 
 # Cache.
