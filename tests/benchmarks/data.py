@@ -1,16 +1,23 @@
-"""Measure batches alone: how much of them are tokens, and how many tokens a second are packed and put together.
+"""Measure the way from rows to batches: tokens a second, and how many of a batch's positions are tokens.
 
     python tests/benchmarks/data.py
+    python tests/benchmarks/data.py --datasets gsm8k.yaml chats.yaml --tokenizers checkpoints/a checkpoints/b
     python tests/benchmarks/data.py --max-seq-len 4096 --batch-size 8 --examples 20000
 
-Two sets of lengths: GSM8K's, of the quickstart's rows and tokenizer, and those of chats, drawn: half below 500 tokens,
-one in twenty cut at 2,048. The tokens exist before the clock starts; it stops when each example was in a batch once.
+Two tables. The first is of the whole way, from the files to the last packed batch of an epoch, tokenised by the process
+itself and by others, for each data set with each tokenizer: a YAML file has the settings of a recipe's `dataset`; what
+is embedded, GSM8K with the quickstart's tokenizer, is taken where none is named.
+
+The second is of batches alone, beside other tools, from tokens in memory. Two sets of lengths: GSM8K's, of the embedded
+rows, and those of chats, drawn: half below 500 tokens, one in twenty cut at 2,048.
+
 Some two minutes on two cores with all peers.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +28,52 @@ import torch
 from harness import Answer, Variant
 
 import kdtune
-from kdtune import data, tokenizers
-from kdtune.data import Examples
+from kdtune import config, data, tokenizers
+from kdtune.data import DatasetConfig, Examples
+from kdtune.tokenizers import Tokenizer
 
 ASSETS = Path(kdtune.__file__).parent / "assets" / "quickstart"
+GSM8K = DatasetConfig(
+    source=str(ASSETS / "train.jsonl.gz"),
+    column_map={"output": "answer"},
+    prompt_template="Question: {question}\nAnswer:\n",
+)
+
+
+def from_rows(settings: argparse.Namespace, num_workers: int) -> Callable[[], Answer]:
+    """Seconds of the whole way for each data set with each tokenizer."""
+    inputs = list(pairs(settings))
+
+    def measure() -> Answer:
+        answer: Answer = {}
+        for name, cfg, tokenizer in inputs:
+            start = time.perf_counter()
+            examples = data.load(replace(cfg, num_workers=num_workers), tokenizer, settings.max_seq_len)
+            computed = sum(tokens.numel() for tokens in ours(settings, examples, packed=True))
+            answer[f"{name} seconds"] = time.perf_counter() - start
+            answer[f"{name} tokens"] = examples.num_tokens
+            answer[f"{name} packed"] = examples.num_tokens / computed
+            for how in ("grouped", "random"):
+                computed = sum(tokens.numel() for tokens in ours(settings, examples, group_by_length=how == "grouped"))
+                answer[f"{name} {how}"] = examples.num_tokens / computed
+        return answer
+
+    return measure
+
+
+def pairs(settings: argparse.Namespace) -> Iterator[tuple[str, DatasetConfig, Tokenizer]]:
+    """Each data set with each tokenizer, and a name for the two."""
+    sets = {path.stem: config.load(DatasetConfig, path, []) for path in settings.datasets}
+    sets = sets or {"GSM8K": replace(GSM8K, split=f"[:{settings.examples}]")}
+    for folder in settings.tokenizers or [ASSETS / "teacher"]:
+        tokenizer = tokenizers.load(folder)
+        for name, cfg in sets.items():
+            yield f"{name}, {folder.name if settings.tokenizers else 'quickstart'}", cfg, tokenizer
 
 
 @cache
 def gsm8k(max_seq_len: int, count: int) -> Examples:
-    cfg = data.DatasetConfig(
-        source=str(ASSETS / "train.jsonl.gz"),
-        split=f"[:{count}]",
-        column_map={"output": "answer"},
-        prompt_template="Question: {question}\nAnswer:\n",
-    )
-    return data.load(cfg, tokenizers.load(ASSETS / "teacher"), max_seq_len)
+    return data.load(replace(GSM8K, split=f"[:{count}]"), tokenizers.load(ASSETS / "teacher"), max_seq_len)
 
 
 @cache
@@ -107,7 +145,11 @@ def variant(title: str, make_batches: Callable[..., Iterator[torch.Tensor]], *, 
     return Variant(title, make)
 
 
-VARIANTS = {
+FROM_ROWS = {
+    "here": Variant("this process", partial(from_rows, num_workers=0)),
+    "workers": Variant("2 workers", partial(from_rows, num_workers=2)),
+}
+FROM_TOKENS = {
     "padded": variant("kdtune, group_by_length=false", partial(ours, group_by_length=False)),
     "grouped": variant("kdtune", ours),
     "packed": variant("kdtune, packed=true", partial(ours, packed=True)),
@@ -116,21 +158,45 @@ VARIANTS = {
     "torchtune": variant("torchtune", partial(torchtune, packed=False), peer=True),
     "torchtune-packed": variant("torchtune, packed", partial(torchtune, packed=True), peer=True),
 }
+VARIANTS = FROM_ROWS | FROM_TOKENS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.make_parser(__doc__, rounds=3, has_models=False)
+    parser.add_argument("--datasets", type=Path, nargs="+", default=[], metavar="FILE", help="of the first table")
+    parser.add_argument("--tokenizers", type=Path, nargs="+", default=[], metavar="FOLDER", help="of the first table")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="positions of a packed row, and of the longest")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch; a step has one batch")
-    parser.add_argument("--examples", type=int, default=7473, help="of each set; GSM8K has no more")
-    harness.add_options(parser, rounds=3)
+    parser.add_argument("--examples", type=int, default=7473, help="of GSM8K, which has no more, and of chats")
     settings = harness.parse(parser, VARIANTS)
 
     print(harness.describe_machine(settings))
-    print(f"{settings.examples:,} examples, batches of {settings.batch_size}, {settings.rounds} rounds\n")
+    print(f"rows of {settings.max_seq_len:,}, batches of {settings.batch_size}, {settings.rounds} rounds\n")
     answers = harness.run(settings, VARIANTS)
+    print_from_rows({name: answers[name] for name in FROM_ROWS if name in answers})
+    print_from_tokens({name: answers[name] for name in FROM_TOKENS if name in answers})
+
+
+def print_from_rows(answers: dict[str, list[Answer]]) -> None:
+    if not answers:
+        return
+    first = next(iter(answers.values()))
+    rows = []
+    for name in [key.removesuffix(" tokens") for key in first[0] if key.endswith(" tokens")]:
+        tokens = first[0][f"{name} tokens"] / 1e6
+        rows.append([name, f"{tokens:.2f}"])
+        for found in answers.values():
+            rows[-1].append(f"{tokens / harness.median(found, f'{name} seconds'):.2f}")
+        rows[-1].append(f"{1 / harness.ratio(found, first, f'{name} seconds'):.2f}")
+        rows[-1] += [f"{first[0][f'{name} {how}']:.1%}" for how in ("packed", "grouped", "random")]
+    titles = [f"million tokens/s, {FROM_ROWS[name].title}" for name in answers]
+    harness.print_table(["", "million tokens", *titles, "ratio", "packed", "grouped", "random order"], rows)
+    print()
+
+
+def print_from_tokens(answers: dict[str, list[Answer]]) -> None:
+    if not answers:
+        return
     rows = []
     for name, found in answers.items():
         row = [VARIANTS[name].title]

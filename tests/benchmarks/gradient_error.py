@@ -67,14 +67,11 @@ VARIANTS = {name: variant(objective) for name, objective in OBJECTIVES.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.make_parser(__doc__, rounds=1)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--distances", type=float, nargs="+", default=[1.0, 0.3, 0.1, 0.024], help="size of the noise")
-    harness.add_options(parser, rounds=1)
     parser.set_defaults(dtype="bf16")
     settings = harness.parse(parser, VARIANTS)
 

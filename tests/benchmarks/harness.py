@@ -39,18 +39,24 @@ class Variant:
     make: Callable[[argparse.Namespace], Callable[[], Answer]]
 
 
-def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """Options that every program has."""
-    parser.add_argument(
+def make_parser(description: str | None, *, rounds: int, has_models: bool = True) -> argparse.ArgumentParser:
+    """With the options that every program has, or every one that computes with models."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    common = parser.add_argument_group("of every benchmark")
+    common.add_argument(
         "--variants", nargs="+", metavar="NAME", help="which to run, by their short names; all if absent"
     )
-    parser.add_argument(
+    common.add_argument(
         "--rounds", type=int, default=rounds, help="calls of each variant after the first, unmeasured one"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda")
-    parser.add_argument("--dtype", choices=devices.DTYPES, default="fp32", help="of weights and hidden states")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a process on the CPU")
+    common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a process on the CPU")
+    if has_models:
+        common.add_argument("--device", default="cpu", help="cpu, cuda")
+        common.add_argument("--dtype", choices=devices.DTYPES, default="fp32", help="of weights and hidden states")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser, variants: Mapping[str, Variant]) -> argparse.Namespace:
@@ -148,12 +154,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def describe_machine(settings: argparse.Namespace) -> str:
     """Device, threads and the versions of what is measured."""
-    packages = ("torch", "transformers", "trl", "liger-kernel", "nvidia-modelopt", "torchtune")
+    packages = ("torch", "tokenizers", "transformers", "trl", "liger-kernel", "nvidia-modelopt", "torchtune")
     found = importlib.metadata.distributions()
     installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in found}
     versions = ", ".join(f"{package} {installed[package]}" for package in packages if package in installed)
-    where = devices.describe(devices.resolve(settings.device))
-    return f"{where}, {settings.threads} threads, {settings.dtype}; {versions}"
+    where = devices.describe(devices.resolve(getattr(settings, "device", "cpu")))
+    dtype = f", {settings.dtype}" if "dtype" in settings else ""
+    return f"{where}, {settings.threads} threads{dtype}; {versions}"
 
 
 class _Worker:

@@ -51,8 +51,8 @@ class Peak(threading.Thread):
             time.sleep(0.02)
 
 
-def measure(folder: str, workers: str) -> None:
-    """One process: prints a line."""
+def measure(folder: str, workers: str, what: str) -> None:
+    """One process: prints a line, beside what `data.load` says."""
     from kdtune import data, tokenizers
 
     cfg = data.DatasetConfig(
@@ -68,7 +68,7 @@ def measure(folder: str, workers: str) -> None:
     loader = data.Loader(examples, batch_size=32)
     loader.next_step()
     first = time.perf_counter()
-    print(f"{loaded - start:8.2f} s, first step after {first - loaded:5.2f} s more;", end=" ")
+    print(f"{what:<17}{loaded - start:8.2f} s, first step after {first - loaded:5.2f} s more;", end=" ")
     print(f"{base:5.0f} MiB before, {mib:5.0f} MiB while loading, {peak.mib:5.0f} MiB at the first step")
 
 
@@ -80,10 +80,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, settings.rows)
-        print(f"{settings.rows:,} rows, {path.stat().st_size / 2**20:.0f} MiB")
+        print(f"{settings.rows:,} rows, {path.stat().st_size / 2**20:.0f} MiB", flush=True)
         for what in ("into the cache", "out of the cache"):
-            print(f"{what:<17}", end="", flush=True)
-            subprocess.run([sys.executable, __file__, "--process", folder, str(settings.workers)], check=True)
+            subprocess.run([sys.executable, __file__, "--process", folder, str(settings.workers), what], check=True)
         size = sum(file.stat().st_size for file in (Path(folder) / "cache").rglob("*.npy"))
         print(f"the cache has {size / 2**20:.0f} MiB")
 

@@ -70,15 +70,12 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.make_parser(__doc__, rounds=3)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--hidden", type=int, default=512, help="width of the student")
     parser.add_argument("--teacher-hidden", type=int, default=1024, help="width of the teacher")
     parser.add_argument("--ignored", type=float, default=0.0, help="share of the tokens without a label")
-    harness.add_options(parser, rounds=3)
     settings = harness.parse(parser, VARIANTS)
 
     print(harness.describe_machine(settings))

@@ -214,9 +214,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.make_parser(__doc__, rounds=5)
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens of a row")
     parser.add_argument("--vocabulary", type=int, default=128_256)
@@ -224,7 +222,6 @@ def main() -> None:
     parser.add_argument("--teacher-hidden", type=int, default=512, help="width of the teacher")
     parser.add_argument("--layers", type=int, default=4, help="of either model")
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
-    harness.add_options(parser, rounds=5)
     settings = harness.parse(parser, VARIANTS)
 
     positions = settings.rows * settings.seq_len
