@@ -262,9 +262,12 @@ class ValBatches:
         self.examples = examples
         self._batch_size = batch_size
         self._packed = packed
-        in_order = packed or group_by_length is False
-        order = np.arange(len(examples)) if in_order else np.argsort(-examples.lengths, kind="stable")
-        self._rows = pack(examples.lengths, examples.max_seq_len) if packed else RowPlan.of_one(order)
+        if packed:
+            self._rows = pack(examples.lengths, examples.max_seq_len)
+        elif group_by_length is False:
+            self._rows = RowPlan.of_one(np.arange(len(examples)))
+        else:
+            self._rows = RowPlan.of_one(np.argsort(-examples.lengths, kind="stable"))
 
     @property
     def num_labels(self) -> int:
