@@ -48,10 +48,19 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_w
     context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(function,))
     waiting: deque[Future[Any]] = deque()
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        # This may start a process, which gets Ctrl-C, too: it is held back until the process ignores it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
     try:
-        pool.submit(int)  # starts all of them, before reading the items has started threads of its own
+        submit(int)  # starts all of them, before reading the items has started threads of its own
         for item in items:
-            waiting.append(pool.submit(_call, item))
+            waiting.append(submit(_call, item))
             if len(waiting) > num_workers * _WAITING_PER_WORKER:
                 yield waiting.popleft().result()
         while waiting:
