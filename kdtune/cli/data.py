@@ -222,9 +222,7 @@ def _facts(examples: Any, is_stream: bool) -> list[tuple[str, str]]:
     counts = examples.counts
     share = examples.num_labels / examples.num_tokens
     facts = [("first rows" if is_stream else "rows", _rows(counts, len(examples)))]
-    if counts.skipped:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.skipped.items()))
-        facts.append(("skipped", f"{kinds}; the first: {counts.places[0]}"))
+    facts += [("first skipped", place) for place in counts.places[:1]]
     return [*facts, ("tokens", f"{examples.num_tokens:,}; {share:.1%} with a label, {1 - share:.1%} ignored")]
 
 
@@ -245,7 +243,7 @@ def _sources(examples: Any, epochs: dict[str, float] | None) -> list[list[str]]:
     table = [["source", "rows", "lost", "cut", "examples", "tokens", "labelled"]] * bool(sources)
     for name, source in sources.items():
         counts = source.counts
-        numbers = [counts.num_rows, _num_lost(counts), counts.num_truncated + counts.num_split]
+        numbers = [counts.num_rows, counts.num_lost, counts.num_truncated + counts.num_split]
         numbers += [len(source), source.num_tokens, source.num_labels]
         table.append([name, *(f"{number:,}" for number in numbers)])
     if table and epochs is not None:
@@ -257,21 +255,20 @@ def _sources(examples: Any, epochs: dict[str, float] | None) -> list[list[str]]:
     return table
 
 
-def _num_lost(counts: Any) -> int:
-    return int(counts.num_dropped + counts.num_too_long + counts.num_skipped)
-
-
 def _rows(counts: Any, num_examples: int) -> str:
-    parts = [f"{counts.num_rows:,} read", f"{counts.num_dropped + counts.num_too_long:,} dropped"]
+    parts = [
+        f"{counts.num_rows:,} read",
+        f"{counts.num_lost:,} lost" + f" ({counts.reasons()})" * bool(counts.num_lost),
+    ]
     parts.append(f"{counts.num_truncated:,} truncated")
     parts += [f"{counts.num_split:,} split"] * bool(counts.num_split)
-    parts += [f"{counts.num_skipped:,} skipped"] * bool(counts.num_skipped)
     return f"{', '.join(parts)}; {_count(num_examples, 'example')}"
 
 
 def _limit(counts: Any) -> str:
     """What became of rows longer than max_seq_len."""
-    fates = ((counts.num_truncated + counts.num_split, "cut here"), (counts.num_too_long, "longer and dropped"))
+    num_lost = counts.num_too_long + counts.num_prompt_too_long
+    fates = ((counts.num_truncated + counts.num_split, "cut here"), (num_lost, "longer and lost"))
     return ", ".join(f"{_count(number, 'row')} {fate}" for number, fate in fates if number) or "no row is cut"
 
 

@@ -32,9 +32,9 @@ from kdtune.data.examples import Counts, Examples, Part, example_ids
 from kdtune.data.rows import Rows
 from kdtune.tokenizers import Tokenizer
 
-FORMAT = 2  # of the files in a folder
+FORMAT = 3  # of the files in a folder
 META = "meta.json"
-_COLUMNS = {"tokens": np.int32, "is_label": np.bool_, "offsets": np.int64, "ids": np.uint64}
+_COLUMNS = {"tokens": np.int32, "is_label": np.bool_, "offsets": np.int64, "ids": np.uint64, "rows": np.int64}
 _HEADER_SIZE = 128
 _END_SIZE = 2**16
 _NUM_CHECKED = 256  # examples whose ids are computed again when a set is opened
@@ -146,6 +146,7 @@ def _write_columns(aside: Path, parts: Iterable[Part]) -> tuple[Counts, dict[str
             append("tokens", part.tokens)
             append("is_label", part.is_label)
             append("ids", part.ids)
+            append("rows", part.rows)
             counts.add(part.counts)
         for name, file in files.items():
             file.seek(0)
@@ -228,10 +229,10 @@ def _map(path: Path, dtype: Any, size: Any) -> np.ndarray:
 def _check(folder: Path, examples: Examples) -> None:
     offsets, count = examples.offsets, len(examples)
     sizes = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != len(examples.tokens) or len(examples.ids) != count or (sizes < 2).any():
+    if offsets[0] != 0 or offsets[-1] != len(examples.tokens) or (sizes < 2).any():
         raise Damaged(f"{folder}: the borders of the examples do not fit their tokens")
-    if len(examples.is_label) != len(examples.tokens):
-        raise Damaged(f"{folder}: tokens and labels are not as many")
+    if len(examples.is_label) != len(examples.tokens) or {len(examples.ids), len(examples.rows)} != {count}:
+        raise Damaged(f"{folder}: tokens and labels, or examples and their rows, are not as many")
     for i in np.unique(np.linspace(0, count - 1, min(count, _NUM_CHECKED)).astype(np.int64)).tolist():
         start, stop = offsets[i], offsets[i + 1]
         example = examples.tokens[start:stop], examples.is_label[start:stop]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from kdtune.data.batch import IGNORE
+from kdtune.data.rows import Rows
 
 TooLong = Literal["truncate", "split", "drop"]
 Encoded = Sequence[tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]]
 
 NUM_PLACES = 5  # skipped rows that are told one by one
+UNKNOWN = -1  # the row of an example that is of several
+_MUCH = 0.1  # share of the rows that makes a warning of what was lost or truncated
 _HASH_BLOCK = 2**20  # tokens whose hashes, 8 bytes each, exist at one time
 
 
@@ -31,7 +35,8 @@ class Counts:
     num_truncated: int = 0  # rows longer than max_seq_len, of which the beginning is left
     num_split: int = 0  # rows longer than max_seq_len, cut into several examples
     num_too_long: int = 0  # rows longer than max_seq_len, left out as far as they were
-    num_dropped: int = 0  # rows without anything to predict, as read or after they were cut
+    num_prompt_too_long: int = 0  # rows that begin with more than max_seq_len tokens of which none is to be predicted
+    num_unlabelled: int = 0  # rows without anything to predict
     skipped: dict[str, int] = field(default_factory=dict)  # kind of trouble -> rows that could not be used
     places: list[str] = field(default_factory=list)  # of the first of them, with what was wrong
 
@@ -42,7 +47,8 @@ class Counts:
         self.num_truncated += other.num_truncated
         self.num_split += other.num_split
         self.num_too_long += other.num_too_long
-        self.num_dropped += other.num_dropped
+        self.num_prompt_too_long += other.num_prompt_too_long
+        self.num_unlabelled += other.num_unlabelled
         for kind, count in other.skipped.items():
             self.skipped[kind] = self.skipped.get(kind, 0) + count
         self.places = (self.places + other.places)[:NUM_PLACES]
@@ -55,9 +61,36 @@ class Counts:
     def num_skipped(self) -> int:
         return sum(self.skipped.values())
 
-    def kinds(self) -> str:
-        """How many were skipped for what."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.skipped.items()))
+    @property
+    def num_lost(self) -> int:
+        """Rows that made no example."""
+        return self.num_too_long + self.num_prompt_too_long + self.num_unlabelled + self.num_skipped
+
+    def reasons(self) -> str:
+        """How many rows were lost for what."""
+        reasons = {
+            "longer than max_seq_len": self.num_too_long,
+            "prompt alone longer than max_seq_len": self.num_prompt_too_long,
+            "nothing to predict": self.num_unlabelled,
+            **dict(sorted(self.skipped.items())),
+        }
+        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+
+    def warn(self, name: str, max_seq_len: int) -> None:
+        """Warns where much of a set is not learned as it was written.
+
+        Args:
+            name: which data set this is.
+            max_seq_len: the limit that was applied.
+        """
+        if self.num_lost + self.num_truncated <= _MUCH * self.num_rows:
+            return
+        fates = (
+            (self.num_lost, f"are lost ({self.reasons()})"),
+            (self.num_truncated, f"are truncated to {max_seq_len:,} tokens"),
+        )
+        told = " and ".join(f"{number / self.num_rows:.1%} {fate}" for number, fate in fates if number)
+        warnings.warn(f"{name}: of its rows {told}. Look at them, or give another tokenizer.max_seq_len.", stacklevel=2)
 
 
 def counted(number: int, noun: str) -> str:
@@ -72,6 +105,7 @@ class Part(NamedTuple):
     is_label: np.ndarray  # [t] bool: this token is to be predicted
     sizes: np.ndarray  # [n] int64: tokens of each example
     ids: np.ndarray  # [n] uint64
+    rows: np.ndarray  # [n] int64: the row that each example is of, from 0
     counts: Counts
 
 
@@ -89,7 +123,9 @@ class Examples:
         is_label: [t] bool, whether a token is to be predicted.
         offsets: [n + 1] int64, where examples begin and end.
         ids: [n] uint64, a hash of the tokens and labels of an example: the same in every run, order and source.
+        rows: [n] int64, the row that each example is of, from 0 as they were read; UNKNOWN if it is of several.
         counts: what became of the rows that were read.
+        source: where the rows can be found again; None: nowhere.
     """
 
     def __init__(
@@ -100,12 +136,14 @@ class Examples:
         is_label: np.ndarray,
         offsets: np.ndarray,
         ids: np.ndarray,
+        rows: np.ndarray,
         counts: Counts,
     ) -> None:
         self.name = name
         self.max_seq_len = max_seq_len
-        self.tokens, self.is_label, self.offsets, self.ids = tokens, is_label, offsets, ids
+        self.tokens, self.is_label, self.offsets, self.ids, self.rows = tokens, is_label, offsets, ids, rows
         self.counts = counts
+        self.source: Rows | None = None
 
     @classmethod
     def of(cls, name: str, max_seq_len: int, encoded: Iterable[Encoded]) -> Examples:
@@ -161,7 +199,7 @@ class Examples:
         """One line: how much there is, and what was cut, dropped or skipped."""
         counts = self.counts
         parts = [f"{self.name}: {counted(self.num_rows, 'row')}"]
-        if len(self) != self.num_rows - counts.num_dropped - counts.num_too_long - counts.num_skipped:
+        if len(self) != self.num_rows - counts.num_lost:
             parts.append(counted(len(self), "example"))
         share = self.num_labels / self.num_tokens
         longest = self.lengths.max()
@@ -169,9 +207,7 @@ class Examples:
         fates = (
             (counts.num_truncated, f"truncated to {self.max_seq_len:,} tokens"),
             (counts.num_split, f"split into examples of {self.max_seq_len:,} tokens"),
-            (counts.num_too_long, f"dropped (longer than {self.max_seq_len:,} tokens)"),
-            (counts.num_dropped, "dropped (nothing to predict)"),
-            (counts.num_skipped, f"skipped ({counts.kinds()}; the first: {''.join(counts.places[:1])})"),
+            (counts.num_lost, f"lost ({'; the first skipped: '.join([counts.reasons(), *counts.places[:1]])})"),
         )
         return ", ".join(parts + [f"{counted(number, 'row')} {fate}" for number, fate in fates if number])
 
@@ -186,10 +222,11 @@ class PartBuilder:
         self._too_long = too_long
         self._tokens = [np.empty(0, np.int32)]
         self._is_label = [np.empty(0, bool)]
+        self._rows: list[int] = []
 
     def add(self, encoded: Encoded) -> None:
         """Takes the examples that one row makes: (tokens, whether each is to be predicted)."""
-        was_long, was_kept = False, False
+        was_long, num_before = False, len(self._rows)
         for row_tokens, row_is_label in encoded:
             tokens, is_label = np.asarray(row_tokens, np.int32), np.array(row_is_label, bool)
             is_label[:1] = False  # nothing comes before the first token, so that it cannot be predicted
@@ -197,7 +234,7 @@ class PartBuilder:
             # max_seq_len counts inputs; the last label needs no position of its own.
             was_long |= bool(len(labelled) and labelled[-1] > self._max_seq_len)
             for start, stop in _pieces(labelled, self._max_seq_len, self._too_long):
-                was_kept = True
+                self._rows.append(self.counts.num_rows)
                 self._tokens.append(tokens[start:stop])
                 self._is_label.append(is_label[start:stop].copy())
                 self._is_label[-1][0] = False
@@ -205,8 +242,10 @@ class PartBuilder:
         counts.num_rows += 1
         if was_long and self._too_long == "drop":
             counts.num_too_long += 1
-        elif not was_kept:
-            counts.num_dropped += 1
+        elif len(self._rows) == num_before and was_long:
+            counts.num_prompt_too_long += 1
+        elif len(self._rows) == num_before:
+            counts.num_unlabelled += 1
         elif was_long and self._too_long == "split":
             counts.num_split += 1
         elif was_long:
@@ -216,7 +255,8 @@ class PartBuilder:
         sizes = np.array([len(example) for example in self._tokens[1:]], np.int64)
         tokens, is_label = np.concatenate(self._tokens), np.concatenate(self._is_label)
         self.counts.num_labels = int(np.count_nonzero(is_label))
-        return Part(tokens, is_label, sizes, example_ids(tokens, is_label, sizes), self.counts)
+        ids = example_ids(tokens, is_label, sizes)
+        return Part(tokens, is_label, sizes, ids, np.array(self._rows, np.int64), self.counts)
 
 
 def _pieces(labelled: np.ndarray, max_seq_len: int, too_long: TooLong) -> Iterator[tuple[int, int]]:
@@ -259,34 +299,44 @@ def _cut_joined(tokens: np.ndarray, is_label: np.ndarray, max_seq_len: int, coun
     builder = PartBuilder(max_seq_len, "split")
     builder.add([(tokens, is_label)])
     part = builder.finish()
-    return part._replace(counts=replace(counts, num_labels=part.counts.num_labels))
+    rows = np.full_like(part.rows, UNKNOWN)
+    return part._replace(rows=rows, counts=replace(counts, num_labels=part.counts.num_labels))
 
 
 def whole_documents(encoded: Sequence[Encoded], counts: Counts) -> Part:
     """Documents as they are, for `join_documents`."""
     documents = [document for row in encoded for document in row]
     counts.num_rows += len(encoded)
-    counts.num_dropped += sum(not row for row in encoded)
+    counts.num_unlabelled += sum(not row for row in encoded)
     tokens = [np.empty(0, np.int32), *(np.asarray(tokens, np.int32) for tokens, _ in documents)]
     is_label = [np.empty(0, bool), *(np.asarray(is_label, bool) for _, is_label in documents)]
     sizes = np.array([len(document) for document in tokens[1:]], np.int64)
-    return Part(np.concatenate(tokens), np.concatenate(is_label), sizes, np.empty(0, np.uint64), counts)
+    nothing = np.empty(0, np.uint64), np.empty(0, np.int64)  # ids and rows are those of the examples that come of it
+    return Part(np.concatenate(tokens), np.concatenate(is_label), sizes, *nothing, counts)
+
+
+def number_rows(parts: Iterable[Part]) -> Iterator[Part]:
+    """Counts the rows of examples through all parts, instead of from 0 in each."""
+    num_rows = 0
+    for part in parts:
+        yield part._replace(rows=np.where(part.rows == UNKNOWN, UNKNOWN, part.rows + num_rows))
+        num_rows += part.counts.num_rows
 
 
 def join(name: str, max_seq_len: int, parts: Iterable[Part]) -> Examples:
     """All parts in memory."""
-    columns = bytearray(), bytearray(), bytearray(), bytearray()
+    dtypes = np.int32, bool, np.int64, np.uint64, np.int64
+    columns = [bytearray() for _ in dtypes]
     counts = Counts()
     for part in parts:
-        for column, array in zip(columns, part[:4], strict=True):
+        for column, array in zip(columns, part[:5], strict=True):
             column += array.tobytes()
         counts.add(part.counts)
-    tokens, is_label, sizes, ids = (
-        np.frombuffer(column, dtype)
-        for column, dtype in zip(columns, (np.int32, bool, np.int64, np.uint64), strict=True)
+    tokens, is_label, sizes, ids, rows = (
+        np.frombuffer(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)
     )
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    return Examples(name, max_seq_len, tokens, is_label, offsets, ids, counts)
+    return Examples(name, max_seq_len, tokens, is_label, offsets, ids, rows, counts)
 
 
 def example_ids(tokens: np.ndarray, is_label: np.ndarray, sizes: np.ndarray) -> np.ndarray:

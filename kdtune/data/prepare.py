@@ -15,7 +15,7 @@ from kdtune.data import cache, rows
 from kdtune.data.blend import Blend
 from kdtune.data.config import DatasetConfig, SourceConfig
 from kdtune.data.encoding import RowEncoder, too_long
-from kdtune.data.examples import Counts, Examples, Part, counted, join, join_documents
+from kdtune.data.examples import Counts, Examples, Part, counted, join, join_documents, number_rows
 from kdtune.data.workers import ordered_map
 from kdtune.tokenizers import Tokenizer
 
@@ -178,6 +178,8 @@ class Source:
             examples = self._cached(self.cfg.cache_dir)
         for place in examples.counts.places:
             print(f"{self.name}: skipped {place}")
+        examples.counts.warn(self.name, self.max_seq_len)
+        examples.source = self.rows
         return examples
 
     def _parts(self) -> Iterator[Part]:
@@ -189,7 +191,7 @@ class Source:
         counts, num_examples = Counts(), 0
         what = {"desc": f"tokenizing {self.name}", "total": self.rows.size(), "unit": " rows"}
         with tqdm(**what, delay=2.0, leave=False, disable=None) as bar:
-            for part in parts:
+            for part in number_rows(parts):
                 bar.update(part.counts.num_rows)
                 counts.add(part.counts)
                 num_examples += len(part.sizes)
@@ -248,7 +250,8 @@ class Source:
         fates = (
             (counts.num_skipped, skipped),
             (counts.num_too_long, f"longer than {limit} and dropped"),
-            (counts.num_dropped, f"without anything to predict within {limit}"),
+            (counts.num_prompt_too_long, f"without anything to predict within {limit}"),
+            (counts.num_unlabelled, "without anything to predict"),
         )
         reasons = "; ".join(f"{number:,} {'is' if number == 1 else 'are'} {fate}" for number, fate in fates if number)
         raise ValueError(

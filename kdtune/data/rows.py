@@ -118,6 +118,20 @@ class Rows:
                 self._range = (start or 0, stop)
         return self._range
 
+    def find(self, numbers: set[int]) -> dict[int, Row]:
+        """Rows by their numbers in `items`, from 0. No more is read than lies between them; what is gone is absent."""
+        found: dict[int, Row] = {}
+        start = -self.range()[0]  # number of the shard's first row
+        for i, shard in enumerate(self.shards):
+            is_last = i == len(self.shards) - 1
+            stop = sys.maxsize if is_last else start + (shard.count() if shard.size is None else shard.size)
+            if wanted := {number for number in numbers if start <= number < stop}:
+                first, last = min(wanted), max(wanted)
+                rows = islice(enumerate(shard.read(first - start), start=first), last - first + 1)
+                found |= {number: row for number, row in rows if number in wanted}
+            start = stop
+        return found
+
     def size(self) -> int | None:
         """How many there are; None if that is not known without reading them."""
         start, stop = self.range()

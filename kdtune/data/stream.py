@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kdtune.data import rows
 from kdtune.data.batch import IGNORE, Batch, Example, collate, without_labels
 from kdtune.data.config import DatasetConfig
-from kdtune.data.examples import NUM_PLACES, Examples, Part, counted, join
+from kdtune.data.examples import NUM_PLACES, Examples, Part, counted, join, number_rows
 from kdtune.data.loader import check_same, share
 from kdtune.data.prepare import Source
 from kdtune.tokenizers import Tokenizer
@@ -99,8 +99,10 @@ class Stream:
             ValueError: they cannot be used, or there is nothing to train on in them.
         """
         parts = (self.encode(row) for row in islice(self.rows.items(), _NUM_FIRST))
-        first = join(f"{self.name} (first rows)", self._source.max_seq_len, parts)
+        first = join(f"{self.name} (first rows)", self._source.max_seq_len, number_rows(parts))
         self._source.check(first.counts, len(first), which="first ")
+        first.counts.warn(first.name, first.max_seq_len)
+        first.source = self.rows
         return first
 
     def encode(self, row: rows.Row) -> Part:

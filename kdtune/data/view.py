@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from kdtune.data.batch import IGNORE, Batch, count_labels
 from kdtune.data.blend import Blend
-from kdtune.data.examples import Examples, example_ids
+from kdtune.data.examples import UNKNOWN, Examples, example_ids
+from kdtune.data.rows import Row as SourceRow
 from kdtune.tokenizers import Tokenizer
 
 
@@ -33,7 +36,7 @@ class Document:
     tokens: list[Token]  # the last may be a label only, which is predicted and no input
     length: int  # positions
     num_labels: int
-    origin: str  # "row 12" as they were read, or "example 12" of those that they made; "": not known
+    origin: str  # "line 12 of train.jsonl", or if it is of several rows "example 12"; "": not known
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def survey(
         is_val: the batches are those of a validation.
     """
     found = Survey()
-    known = frozenset(tokenizer.ids())
+    shown: list[tuple[int, str, list[_Example]]] = []
     for step, micro_batches in enumerate(steps, start=1):
         found.labels_per_step.append(count_labels(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
@@ -86,16 +89,26 @@ def survey(
             found.is_packed |= batch.documents is not None
             for i, lengths in enumerate(documents):
                 if start <= found.num_rows + i + 1 < start + num_rows:
-                    cut = zip(
-                        *(part[i, : sum(lengths)].split(lengths) for part in (batch.tokens, batch.labels)), strict=True
-                    )
-                    shown = [_document(tokens, labels, examples, tokenizer, known) for tokens, labels in cut]
                     place = f"batch {step:,}" if is_val else f"step {step:,}, micro-batch {number:,}"
-                    found.rows.append(Row(found.num_rows + i + 1, place, shown))
+                    parts = (part[i, : sum(lengths)].split(lengths) for part in (batch.tokens, batch.labels))
+                    shown.append((found.num_rows + i + 1, place, list(map(_example, *parts))))
             found.num_rows += len(documents)
             found.num_documents += sum(map(len, documents))
             found.num_tokens += sum(map(sum, documents))
             found.num_positions += batch.tokens.numel()
+    origins = _origins(examples, {example.own for *_, row in shown for example in row})
+    known = frozenset(tokenizer.ids())
+    for number, place, row in shown:
+        spelled = [
+            Document(
+                list(spell(one.ids, one.is_label, tokenizer, known)),
+                one.length,
+                sum(one.is_label),
+                origins.get(one.own, ""),
+            )
+            for one in row
+        ]
+        found.rows.append(Row(number, place, spelled))
     return found
 
 
@@ -107,34 +120,46 @@ def _documents(batch: Batch) -> list[list[int]]:
     return [[length] if length else [] for length in ends.amax(1).tolist()]
 
 
-def _document(
-    tokens: Tensor, labels: Tensor, examples: Examples | Blend, tokenizer: Tokenizer, known: frozenset[int]
-) -> Document:
-    is_label = labels != IGNORE
+class _Example(NamedTuple):
+    """A document as it is in `Examples`."""
+
+    ids: list[int]  # the last may be a label only
+    is_label: list[bool]
+    length: int  # positions
+    own: int  # its id
+
+
+def _example(tokens: Tensor, labels: Tensor) -> _Example:
     ids = tokens.tolist()
-    flags = [False, *is_label.tolist()]  # nothing predicts the first token
-    if flags[-1]:
+    is_label = [False, *(labels != IGNORE).tolist()]  # nothing predicts the first token
+    if is_label[-1]:
         ids.append(int(labels[-1]))
-    flags = flags[: len(ids)]
-    (own,) = example_ids(np.array(ids, np.int32), np.array(flags), np.array([len(ids)]))
-    spelled = list(spell(ids, flags, tokenizer, known))
-    return Document(spelled, len(tokens), int(is_label.sum()), _origin(examples, own))
+    is_label = is_label[: len(ids)]
+    (own,) = example_ids(np.array(ids, np.int32), np.array(is_label), np.array([len(ids)]))
+    return _Example(ids, is_label, len(tokens), int(own))
 
 
-def _origin(examples: Examples | Blend, own: np.uint64) -> str:
-    """Where an example is from; empty if that is not known."""
+def _origins(examples: Examples | Blend, wanted: set[int]) -> dict[int, str]:
+    """Where examples are from, by their ids: the row, and of a blend the source. What is not known is absent."""
+    origins: dict[int, str] = {}
     for name, source in examples.sources.items() if isinstance(examples, Blend) else [("", examples)]:
-        found = np.flatnonzero(source.ids == own)  # several where the data hold something twice
-        if len(found):
-            return f"{name}{', ' if name else ''}{_unit(source)} {found[0] + 1:,}"
-    return ""
+        indices = np.flatnonzero(np.isin(source.ids, np.array(sorted(wanted), np.uint64)))
+        _, first = np.unique(source.ids[indices], return_index=True)  # of those that are alike
+        indices = indices[first].tolist()
+        numbers = {int(source.rows[i]) for i in indices} - {UNKNOWN}
+        rows = source.source.find(numbers) if source.source is not None and numbers else {}
+        for i in indices:
+            place = _place(source, i, rows.get(int(source.rows[i])))
+            origins.setdefault(int(source.ids[i]), f"{name}, {place}" if name else place)
+    return origins
 
 
-def _unit(examples: Examples) -> str:
-    """What examples are numbered by: the rows as they were read, if each made one example."""
-    counts = examples.counts
-    num_unused = counts.num_dropped + counts.num_too_long + counts.num_skipped
-    return "row" if len(examples) == counts.num_rows and not num_unused else "example"
+def _place(examples: Examples, i: int, row: SourceRow | None) -> str:
+    if row is None:
+        return f"example {i + 1:,}"
+    first, behind = (int(np.searchsorted(examples.rows, examples.rows[i], side)) for side in ("left", "right"))
+    part = f", example {i - first + 1:,} of {behind - first:,}" if behind - first > 1 else ""
+    return f"{row.unit} {row.number:,} of {Path(row.source).name}{part}"
 
 
 def spell(ids: Sequence[int], is_label: Sequence[bool], tokenizer: Tokenizer, known: frozenset[int]) -> Iterator[Token]:

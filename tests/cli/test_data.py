@@ -68,7 +68,7 @@ def test_every_row_is_shown_with_its_labels(recipe: str, tiny: Path, kdtune: Run
     assert {read(body) for body in bodies(out)} == expected
     assert len(bodies(out)) == len(rows)
     assert "⟪<|begin_of_text|>⟫" in out
-    origins = [int(number) for number in re.findall(r"from row (\d+)$", out, re.MULTILINE)]
+    origins = [int(number) for number in re.findall(r"from line (\d+) of rows.jsonl$", out, re.MULTILINE)]
     assert [read(body)[1] for body in bodies(out)] == [
         rows[number - 1]["completion"] + "<|end_of_text|>" for number in origins
     ]
@@ -79,9 +79,8 @@ def test_length_and_labels_of_a_row(tiny: Path, kdtune: Run, tmp_path: Path) -> 
     source = rows_file(tmp_path / "one.jsonl", ("What is 2+2? ", "4"))
     num_prompt, num_answer = len(tokenizer.encode("What is 2+2? ")), len(tokenizer.encode("4", continues=True)) + 1
     _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}"))
-    assert (
-        f"row 1 (step 1, micro-batch 1): {num_prompt + num_answer - 1} tokens, {num_answer} with a label, from row 1\n"
-    ) in out
+    counts = f"{num_prompt + num_answer - 1} tokens, {num_answer} with a label"
+    assert f"row 1 (step 1, micro-batch 1): {counts}, from line 1 of one.jsonl\n" in out
 
 
 def test_numbers_are_those_of_the_run(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
@@ -89,7 +88,7 @@ def test_numbers_are_those_of_the_run(tiny: Path, kdtune: Run, tmp_path: Path) -
     per_step = [step["num_tokens"] for step in tiny_runs.steps(tmp_path / "run")][:3]
     _, out, _ = kdtune(*argv(tiny))
     assert numbers(fact(out, "labels per step")) == sorted(per_step)
-    assert fact(out, "rows") == "10 read, 0 dropped, 0 truncated; 10 examples"
+    assert fact(out, "rows") == "10 read, 0 lost, 0 truncated; 10 examples"
     assert fact(out, "steps") == "3 per epoch, 9 in the run (3 epochs)"
     assert fact(out, "batches").startswith("10 rows in 3 steps of an epoch; ")
     num_tokens = int(fact(out, "tokens").partition(";")[0].replace(",", ""))
@@ -119,7 +118,8 @@ def test_a_stream_of_a_real_loader(kdtune: Run, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     stream = ["dataset.streaming=true", "dataset.split=null", "dataset.shuffle_buffer=5"]
     status, out, err = kdtune("data", "finetune", "--config", "tiny", *stream, "--rows", "2")
-    assert (status, err) == (0, "")
+    assert (status, len(err.splitlines())) == (0, 2)
+    assert err.startswith("warning: dataset (first rows): of its rows 100.0% are truncated to 64 tokens.")
     assert fact(out, "first rows").startswith("256 read, ")
     assert fact(out, "batches").startswith("16 rows in 4 steps of the run; ")
     assert fact(out, "steps") == "4 in the run; how many an epoch would have is not known"
@@ -185,13 +185,17 @@ def test_sources_of_a_blend(steps: list[str], tiny: Path, kdtune: Run, tmp_path:
         section = f"dataset.sources.{name}"
         blend += [f"{section}.source={source}", f"{section}.format=completion", f"{section}.weight={weight}"]
     blend += ["dataset.sources.short.on_error=skip", *steps]
-    rows = table(kdtune(*argv(tiny, *blend))[1])
+    _, out, _ = kdtune(*argv(tiny, *blend))
+    rows = table(out)
     assert [(row["source"], row["draws"]) for row in rows] == [("long", "25.0%"), ("short", "75.0%")]
     counts = [[row[key] for key in ("rows", "lost", "cut", "examples")] for row in rows]
     assert counts == [["10", "0", "0", "10"], ["5", "1", "0", "4"]]
     tokenizer = tokenizers.load(tiny / "student")
     num_answer = len(tokenizer.encode("c", continues=True)) + 1
     num_tokens = len(tokenizer.encode("a b")) + num_answer - 1
+    assert re.search(
+        r"^(row|-- document) 1.*, from (long, line \d+ of rows|short, line [1-4] of short)\.jsonl$", out, re.MULTILINE
+    )
     assert (rows[1]["tokens"], rows[1]["labelled"]) == (str(4 * num_tokens), str(4 * num_answer))
 
     tiny_runs.finetune(tiny, tmp_path / "run", *blend)
@@ -238,7 +242,7 @@ def test_validation_rows(tiny: Path, kdtune: Run) -> None:
     status, out, _ = kdtune(*argv(tiny, *tiny_runs.validated_on(tiny), "--val", "--rows", "99"))
     assert status == 0
     assert out.startswith("finetune: dataset_val, ")
-    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated; 3 examples"
+    assert fact(out, "rows") == "3 read, 0 lost, 0 truncated; 3 examples"
     assert fact(out, "batches").startswith("3 rows in 2 batches; ")
     assert len(bodies(out)) == 3
     assert "step" not in out
@@ -417,23 +421,37 @@ def test_rows_that_are_split_or_left_out(tiny: Path, kdtune: Run) -> None:
     short = argv(tiny, "tokenizer.max_seq_len=30", "--rows", "99")
     num_long = int(re.findall(r"(\d+) truncated", kdtune(*short)[1])[0])
     _, out, _ = kdtune(*short, "dataset.too_long=split")
-    assert fact(out, "rows") == f"10 read, 0 dropped, 0 truncated, {num_long} split; {10 + num_long} examples"
+    assert fact(out, "rows") == f"10 read, 0 lost, 0 truncated, {num_long} split; {10 + num_long} examples"
     assert f"-- max_seq_len 30: {num_long} rows cut here --" in out
-    assert "from example " in out
-    assert "from row" not in out
+    assert len(re.findall(r"from line \d+ of rows.jsonl, example [12] of 2$", out, re.MULTILINE)) == 2 * num_long
+    assert len(re.findall(r"from line \d+ of rows.jsonl$", out, re.MULTILINE)) == 10 - num_long
     _, out, _ = kdtune(*short, "dataset.too_long=drop")
-    assert fact(out, "rows") == f"10 read, {num_long} dropped, 0 truncated; {10 - num_long} example"
-    assert f"-- max_seq_len 30: {num_long} rows longer and dropped --" in out
+    assert (
+        fact(out, "rows")
+        == f"10 read, {num_long} lost ({num_long} longer than max_seq_len), 0 truncated; {10 - num_long} example"
+    )
+    assert f"-- max_seq_len 30: {num_long} rows longer and lost --" in out
 
 
 def test_rows_that_are_skipped(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     source = rows_file(tmp_path / "rows.jsonl", ("a", "b"), ("c", "d"))
-    source.write_text(source.read_text() + '{"prompt": "no answer", "\\u001b[2J": 1}\n')
-    _, out, _ = kdtune(*argv(tiny, f"dataset.source={source}", "dataset.on_error=skip"))
-    assert fact(out, "rows") == "3 read, 0 dropped, 0 truncated, 1 skipped; 2 examples"
-    assert f"line 3 of {source}" in fact(out, "skipped")
-    assert "\\x1b[2J" in fact(out, "skipped")
+    source.write_text('\n{"prompt": "no answer", "\\u001b[2J": 1}\n' + source.read_text())
+    status, out, err = kdtune(*argv(tiny, f"dataset.source={source}", "dataset.on_error=skip", "shuffle=false"))
+    assert status == 0
+    assert fact(out, "rows") == "3 read, 1 lost (1 missing column), 0 truncated; 2 examples"
+    assert f"line 2 of {source}" in fact(out, "first skipped")
+    assert "\\x1b[2J" in fact(out, "first skipped")
     assert "\x1b" not in out
+    assert re.findall(r"from (line .*)$", out, re.MULTILINE) == ["line 3 of rows.jsonl", "line 4 of rows.jsonl"]
+    assert err.startswith("warning: dataset: of its rows 33.3% are lost (1 missing column). Look at them")
+
+
+def test_joined_documents_are_of_no_row(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": f"row {i} of the text"}) + "\n" for i in range(9)))
+    text = argv(tiny, f"dataset.source={source}", "dataset.format=text", "shuffle=false", "tokenizer.max_seq_len=30")
+    _, out, _ = kdtune(*text, "dataset.join_documents=true")
+    assert re.findall(r"from (.*)$", out, re.MULTILINE) == ["example 1", "example 2", "example 3"]
 
 
 def test_bins_hold_every_length_once() -> None:

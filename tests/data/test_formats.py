@@ -241,23 +241,20 @@ def test_truncated_and_dropped_rows_are_counted(qwen: tokenizers.Tokenizer, tmp_
     rows = [row, {"prompt": "the", "completion": ""}, {"prompt": "", "completion": "fox"}]
     # The positions of the first row: its last token is predicted but is not an input.
     whole = prompt + answer - 1
-    for max_seq_len, truncated, dropped in [
+    for max_seq_len, truncated, lost in [
         (whole, 0, 0),
         (whole - 1, 1, 0),
         (prompt, 1, 0),
         (prompt - 1, 0, 1),
     ]:
         examples = load(tmp_path, rows, qwen, max_seq_len, format="completion", on_error="skip")
-        assert (examples.num_rows, examples.counts.num_truncated, examples.counts.num_dropped) == (
-            3,
-            truncated,
-            dropped,
-        )
+        counts = examples.counts
+        assert (counts.num_rows, counts.num_truncated, counts.num_prompt_too_long) == (3, truncated, lost)
         assert examples.counts.skipped == {"empty answer": 1}
         assert examples.lengths.max() <= max_seq_len
         if max_seq_len == prompt:
             assert examples[0][1].tolist() == [IGNORE] * (prompt - 1) + qwen.encode("does", continues=True)[:1]
-    assert ", 1 row dropped (nothing to predict)" in examples.summary()
+    assert ", 2 rows lost (1 prompt alone longer than max_seq_len, 1 empty answer; the first" in examples.summary()
     with pytest.raises(ValueError, match=r"row 2 of .* there is no answer, .*dataset\.on_error=skip"):
         load(tmp_path, rows, qwen, format="completion")
 

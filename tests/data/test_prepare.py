@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def contents(examples: Examples) -> list[Any]:
 
 
 def assert_same(one: Examples, other: Examples) -> None:
-    for name in ("tokens", "is_label", "offsets", "ids"):
+    for name in ("tokens", "is_label", "offsets", "ids", "rows"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert one.counts == other.counts
@@ -88,8 +89,54 @@ def test_too_long(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     assert "1 row split into examples of 5 tokens" in pieces.summary()
     dropped = load(source, tokenizer, size, too_long="drop")
     assert contents(dropped) == [short]
-    assert "1 row dropped (longer than 5 tokens)" in dropped.summary()
+    assert "1 row lost (1 longer than max_seq_len)" in dropped.summary()
     assert load(source, tokenizer, len(tokens), too_long="drop").num_labels == whole.num_labels, "just fits"
+
+
+def test_examples_know_their_rows(
+    tokenizer: tokenizers.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdtune.data.prepare._CHUNK_SIZE", 2)
+    long = {"prompt": "the", "completion": TEXT}
+    columns = [*pairs(3), {"prompt": "no answer"}, long, {"prompt": TEXT, "completion": "fox"}, *pairs(8)[3:]]
+    source = write(tmp_path / "rows.jsonl", columns)
+    size = 9
+    for settings in ({}, {"split": "[2:]"}, {"cache_dir": str(tmp_path / "cache")}):
+        examples = load(source, tokenizer, size, on_error="skip", too_long="split", **settings)
+        assert examples.source is not None
+        found = examples.source.find(set(examples.rows.tolist()))
+        for i, row in enumerate(examples.rows.tolist()):
+            shown = tokenizer.decode(examples[i][0].tolist())
+            whole = found[row].columns["prompt"] + found[row].columns["completion"]
+            assert shown in whole, f"example {i}"
+        assert np.bincount(examples.rows).max() == 3
+    joined = load(
+        write(tmp_path / "text.jsonl", [{"text": TEXT}] * 3), tokenizer, 4, format="text", join_documents=True
+    )
+    assert set(joined.rows.tolist()) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ([{"prompt": "a", "completion": TEXT}] * 2 + pairs(1) * 9, "of its rows 18.2% are truncated to 8 tokens. Look"),
+        (
+            [{"prompt": TEXT, "completion": "a"}, {"prompt": "a", "completion": ""}] + pairs(1) * 9,
+            "of its rows 18.2% are lost (1 prompt alone longer than max_seq_len, 1 empty answer). Look",
+        ),
+        ([{"prompt": "a", "completion": TEXT}] + pairs(1) * 9, None),
+    ],
+)
+def test_much_that_is_lost_or_truncated_makes_a_warning(
+    columns: list[dict[str, Any]], told: str | None, tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"on_error": "skip", "cache_dir": str(tmp_path / "cache")}
+    source = write(tmp_path / "rows.jsonl", columns)
+    for _ in ("written", "found"):
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            load(source, tokenizer, 8, **settings)
+        assert [str(one.message)[: len(told or "") + 9] for one in given] == ([f"dataset: {told}"] if told else [])
 
 
 def test_text_may_be_cut_or_dropped_too(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
@@ -115,7 +162,7 @@ def test_joined_documents(
     assert [id for tokens, _ in contents(examples) for id in tokens] == ids[:-1]
     assert [id for _, labels in contents(examples) for id in labels] == ids[1:]
     assert set(examples.lengths[:-1].tolist()) <= {max_seq_len}
-    assert (examples.num_rows, examples.counts.num_dropped, examples.num_labels) == (5, 1, len(ids) - 1)
+    assert (examples.num_rows, examples.counts.num_unlabelled, examples.num_labels) == (5, 1, len(ids) - 1)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +216,8 @@ def test_skipped_rows_are_counted_by_kind_and_told(
     kinds = {"broken json": 2, "wrong type": 1, "not an object": 1, "null": 1, "empty answer": 1}
     assert examples.counts.skipped == {**kinds, "missing column": 1, "not UTF-8": 1}
     assert examples.num_rows == 18
-    assert "8 rows skipped (2 broken json, 1 empty answer, 1 missing column," in examples.summary()
-    assert f"the first: {source}, line 2, column " in examples.summary()
+    assert "8 rows lost (2 broken json, 1 empty answer, 1 missing column," in examples.summary()
+    assert f"; the first skipped: {source}, line 2, column " in examples.summary()
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 5
     assert told[0].startswith(f"dataset: skipped {source}, line 2, column 17: broken json: Unterminated string")
@@ -485,7 +532,7 @@ def test_what_others_put_there_is_not_deleted(tokenizer: tokenizers.Tokenizer, t
     (cached(tmp_path) / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds what kdtune did not write there: notes\.txt"):
         load(source, tokenizer, cache_dir=str(tmp_path / "cache"))
-    assert len(list(cached(tmp_path).iterdir())) == 6
+    assert len(list(cached(tmp_path).iterdir())) == 7
 
 
 def test_a_file_is_no_cache_dir(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_json(name: str, content: str, tmp_path: Path) -> None:
     assert columns_of(write(tmp_path / name, content)) == ROWS
 
 
+@pytest.mark.parametrize("split", [None, "[4:]", "[40%:]"])
+def test_rows_are_found_by_their_numbers(split: str | None, tmp_path: Path) -> None:
+    broken = '{"prompt": \n'
+    for i, content in enumerate((lines(ROWS[:3]) + "\n" + broken, lines(ROWS[3:5]), lines(ROWS[5:]))):
+        write(tmp_path / f"{i}.jsonl", content)
+    found = rows.read(str(tmp_path), split=split)
+    expected = list(found.items())
+    for numbers in ({0}, {5, 6}, {1, 4, 5}, {0, 1, 2, 3, 6}, set()):
+        assert [(number, str(row)) for number, row in sorted(found.find(numbers).items())] == [
+            (number, str(expected[number])) for number in sorted(numbers)
+        ]
+    assert found.find({99}) == {}
+
+
 def test_csv_and_parquet(tmp_path: Path) -> None:
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ROWS[0])

@@ -145,7 +145,7 @@ def test_indexed(dtype: Any, tokenizer: tokenizers.Tokenizer, tmp_path: Path) ->
     write_indexed(tmp_path / "set_text_document", DOCUMENTS, [0, 2, 2, 3], dtype)
     examples = load(path, tokenizer)
     assert documents(examples) == [DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]]
-    assert (examples.num_rows, examples.counts.num_dropped) == (3, 1)
+    assert (examples.num_rows, examples.counts.num_unlabelled) == (3, 1)
 
 
 def damage(tmp_path: Path, what: str) -> Path:
