@@ -90,7 +90,9 @@ class Counts:
             (self.num_truncated, f"are truncated to {max_seq_len:,} tokens"),
         )
         told = " and ".join(f"{number / self.num_rows:.1%} {fate}" for number, fate in fates if number)
-        warnings.warn(f"{name}: of its rows {told}. Look at them, or give another tokenizer.max_seq_len.", stacklevel=2)
+        is_length = self.num_truncated + self.num_too_long + self.num_prompt_too_long
+        advice = "Look at them" + ", or raise tokenizer.max_seq_len" * bool(is_length)
+        warnings.warn(f"{name}: of its rows {told}. {advice}.", stacklevel=2)
 
 
 def counted(number: int, noun: str) -> str:

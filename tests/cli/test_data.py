@@ -443,7 +443,7 @@ def test_rows_that_are_skipped(tiny: Path, kdtune: Run, tmp_path: Path) -> None:
     assert "\\x1b[2J" in fact(out, "first skipped")
     assert "\x1b" not in out
     assert re.findall(r"from (line .*)$", out, re.MULTILINE) == ["line 3 of rows.jsonl", "line 4 of rows.jsonl"]
-    assert err.startswith("warning: dataset: of its rows 33.3% are lost (1 missing column). Look at them")
+    assert err == "warning: dataset: of its rows 33.3% are lost (1 missing column). Look at them.\n"
 
 
 def test_joined_documents_are_of_no_row(tiny: Path, kdtune: Run, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from kdtune.data.encoding import RowEncoder
 from kdtune.data.formats import row_encoder
 from kdtune.tokenizers import chat
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
+
 TURNS = [
     {"role": "user", "content": "What is 12 + 30?"},
     {"role": "assistant", "content": "42"},

@@ -13,6 +13,8 @@ from kdtune import data, tokenizers
 from kdtune.data import IGNORE, DatasetConfig
 from kdtune.data.formats import ALPACA, ALPACA_WITH_INPUT
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
+
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 12 + 30?"},

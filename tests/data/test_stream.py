@@ -20,6 +20,8 @@ from kdtune import data, tokenizers
 from kdtune.data import Batch, DatasetConfig, Examples, StreamLoader
 from kdtune.data.examples import example_ids
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
+
 COUNTS = (7, 0, 12, 4)  # rows of the files
 TEXTS = [f"{i} the fox jumps over {i * i} dogs" for i in range(sum(COUNTS))]
 

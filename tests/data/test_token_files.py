@@ -18,6 +18,8 @@ from pyarrow import parquet
 from kdtune import data, tokenizers
 from kdtune.data import IGNORE, DatasetConfig, Examples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
+
 END = 7
 DOCUMENTS = [[1, 2, 3, END], [4, END], [5, 6, 8, 9, 10, END]]
 CODES = {np.uint8: 1, np.int8: 2, np.int16: 3, np.int32: 4, np.int64: 5, np.float64: 6, np.float32: 7, np.uint16: 8}
