@@ -15,8 +15,8 @@ MatmulPrecision = Literal["highest", "high", "medium"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def resolve(device: str) -> torch.device:
-    """The device named `device`, once it is known to be there.
+def resolve(device: str, setting: str = "device") -> torch.device:
+    """The device named `device`, once it is known to be there; `setting` is what names it.
 
     Raises:
         ValueError: no such kind of device, or this machine has none of it. Nothing falls back to the CPU by itself.
@@ -25,7 +25,7 @@ def resolve(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         raise ValueError(
-            f"device={device} is not a device that torch {torch.__version__} knows: use cuda or cpu."
+            f"{setting}={device} is not a device that torch {torch.__version__} knows: use cuda or cpu."
         ) from None
     if resolved.type == "cpu":
         return resolved
@@ -33,12 +33,12 @@ def resolve(device: str) -> torch.device:
     if accelerator is None or accelerator.type != resolved.type:
         found = "no accelerator" if accelerator is None else f"only {accelerator.type}"
         raise ValueError(
-            f"device={device}, but torch {torch.__version__} finds {found} on this machine. "
-            "Train on the CPU with device=cpu, or install a torch build and driver for the device."
+            f"{setting}={device}, but torch {torch.__version__} finds {found} on this machine. "
+            f"Take the CPU with {setting}=cpu, or install a torch build and driver for the device."
         )
     count = torch.accelerator.device_count()
     if (resolved.index or 0) >= count:
-        raise ValueError(f"device={device}, but there are {count} such devices here, numbered from 0.")
+        raise ValueError(f"{setting}={device}, but there are {count} such devices here, numbered from 0.")
     return resolved
 
 

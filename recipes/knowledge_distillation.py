@@ -46,7 +46,7 @@ from kdtune import (
 )
 from kdtune.config import MISSING, setting
 from kdtune.interrupt import Interrupt
-from kdtune.teacher import LiveTeacher
+from kdtune.teacher import LiveTeacher, TeacherConfig, check_teacher
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Config:
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
     teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
+    teacher: TeacherConfig = setting(TeacherConfig)  # how the teacher is held
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # shared by both models
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
     dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
@@ -75,7 +76,7 @@ class Config:
     shuffle: bool = True  # a new order of the rows in each epoch
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
-    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments of both models; losses are always float32
+    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
@@ -99,6 +100,7 @@ def main(cfg: Config) -> None:
     inputs = check(cfg)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
+    full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
     student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
     def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -111,7 +113,7 @@ def main(cfg: Config) -> None:
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
 
-    prove_teacher(cfg, inputs, student, teacher)
+    prove_teacher(cfg, inputs, student, teacher, full_hidden)
     if inputs.val_batches and run.step == 0:
         logger.log(0, validate(cfg, inputs, student, teacher))
 
@@ -186,12 +188,23 @@ def build(
 ) -> tuple[models.Decoder, LiveTeacher, torch.optim.Optimizer]:
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
-    teacher = LiveTeacher(checkpoint.load_model(cfg.teacher_checkpointer.checkpoint_dir, dtype=dtype, device=device))
+    teacher = load_teacher(cfg, device, cfg.teacher.quantization, cfg.teacher.offload)
     student = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
     return student, teacher, optim.build_optimizer(student, cfg.optimizer)
+
+
+def load_teacher(
+    cfg: Config, device: torch.device, quantization: models.Quantization | None, offload: bool
+) -> LiveTeacher:
+    """The teacher for a student on `device`."""
+    place = cfg.teacher.place(device)
+    folder = cfg.teacher_checkpointer.checkpoint_dir
+    dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
+    model = checkpoint.load_model(folder, dtype=dtype, device="cpu" if offload else place, quantization=quantization)
+    return LiveTeacher(model, student_device=device, offload_to=place if offload else None)
 
 
 def forward_backward(
@@ -212,9 +225,9 @@ def forward_backward(
     device = student.head.weight.device
     sums = torch.zeros(4, device=device)
     for batch in micro_batches:
-        batch = batch.to(device)
         # The teacher goes first: its activations are gone before the student's are kept for the backward.
         targets = teacher(batch)
+        batch = batch.to(device)
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, progress)
         loss.total.backward()
@@ -252,6 +265,7 @@ def check(cfg: Config) -> Inputs:
         cfg.enable_activation_offloading,
         run_device,
     )
+    teacher_device = cfg.teacher.place(run_device)
     losses.build_divergence(cfg.kd_loss)
     dtype = devices.DTYPES[cfg.dtype]
     metrics.check_sinks(cfg.metric_logger)
@@ -268,6 +282,8 @@ def check(cfg: Config) -> Inputs:
     teacher_config = checkpoint.read_config(cfg.teacher_checkpointer.checkpoint_dir)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
+    teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
+    check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=teacher_device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
@@ -393,8 +409,8 @@ def evaluate(
     sums, num_tokens = torch.zeros(6, device=inputs.device), 0
     for batch in batches:
         num_tokens += batch.num_labels
-        batch = batch.to(inputs.device)
         targets = teacher(batch)
+        batch = batch.to(inputs.device)
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         # Of one token: sums, divided once at the end.
         loss = losses.distillation_loss(
@@ -406,11 +422,34 @@ def evaluate(
     return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
 
 
-def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> None:
+def ask_full_teacher(cfg: Config, inputs: Inputs) -> Tensor:
+    """Hidden states of the first rows, [b, s, d], before quantisation. The head has none, so that they tell it all."""
+    is_on_host = cfg.teacher.place(inputs.device).type == "cpu"
+    # Quantised, the teacher may fit where the full one does not.
+    teacher = load_teacher(cfg, inputs.device, quantization=None, offload=not is_on_host)
+    return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size))).hidden
+
+
+def prove_teacher(
+    cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher, full_hidden: Tensor | None
+) -> None:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
     first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size))
-    values = evaluate(cfg, inputs, [first_batch], student, teacher)
     num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
+    if full_hidden is not None:
+        found = losses.distillation_loss(
+            teacher(first_batch).hidden,
+            teacher.head,
+            first_batch.labels.to(inputs.device),
+            first_batch.num_labels,
+            losses.Targets(full_hidden, teacher.head),
+            chunk_size=cfg.loss_chunk_size,
+            with_metrics=True,
+        )
+        quantization = f"teacher.quantization={cfg.teacher.quantization}"
+        print(f"{quantization} on {num_rows}: KL(full, quantised) {found.kd:.2g}, ce {found.ce:.3f}", end=" ")
+        print(f"(full: {found.teacher_ce:.3f}), top-1 agreement {found.agreement:.1%}")
+    values = evaluate(cfg, inputs, [first_batch], student, teacher)
     print(f"teacher check on {num_rows}: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
     print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
 

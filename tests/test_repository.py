@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "models": {"config", "documents"},
     "tokenizers": {"config"},
     "data": {"config", "documents", "tokenizers"},
-    "teacher": {"config", "data", "models", "losses"},
+    "teacher": {"config", "data", "devices", "losses", "models"},
     "checkpoint": {"config", "models", "tokenizers"},
     "generation": {"config", "documents", "models", "tokenizers"},
     "cli": {"cli", "config", "data"},

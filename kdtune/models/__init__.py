@@ -15,6 +15,7 @@ from kdtune.models.quantization import (
     quantize_linear,
     quantized_shapes,
 )
+from kdtune.models.streaming import stream_layers
 
 __all__ = [
     "CheckpointingMode",
@@ -35,4 +36,5 @@ __all__ = [
     "quantize",
     "quantize_linear",
     "quantized_shapes",
+    "stream_layers",
 ]

@@ -146,19 +146,31 @@ def dequantize(weight: Any) -> Tensor:
     return weight.dequantize()
 
 
-def num_bytes(weight: Tensor) -> int:
+def num_bytes(weight: Any) -> int:
     """Bytes that a weight holds, quantised or not."""
-    if not hasattr(weight, "__tensor_flatten__"):
+    if not is_quantized(weight):
         return weight.nbytes
     return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
 
 
-class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weight is stored in few bits; gradients come back to its input.
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight came from `quantize`."""
+    return hasattr(weight, "__tensor_flatten__")
 
-    The weight is unpacked for each product. For the thousands of tokens of a training step that costs little, and the
-    product runs at full speed; the `_DYNAMIC` kinds multiply what is stored.
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with a frozen weight, quantised or not; gradients come back to `x`.
+
+    A quantised weight is unpacked for each product. For the thousands of tokens of a training step that costs little,
+    and the product runs at full speed; the `_dynamic` kinds multiply what is stored.
     """
+    if not is_quantized(weight) or getattr(weight, "act_quant_kwargs", None) is not None:
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias)
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is stored in few bits."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -166,9 +178,7 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if getattr(self.weight, "act_quant_kwargs", None) is not None:
-            return F.linear(x, self.weight, self.bias)
-        return _Product.apply(x, self.weight, self.bias)
+        return frozen_linear(x, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
