@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
+from kdtune.checkpoint.scaled import QUANTIZATION_KEYS, check_format, refusal, with_scales
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_fp8, read_header, read_into
 from kdtune.models import (
     Decoder,
     ModelConfig,
@@ -21,6 +22,7 @@ from kdtune.models import (
     parameter_shapes,
     quantize_linear,
     quantized_shapes,
+    stored_fp8,
 )
 from kdtune.tokenizers import ChatTemplate
 
@@ -107,17 +109,23 @@ def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTens
 
     Raises:
         FileNotFoundError: no weights in safetensors, or a shard is missing.
-        ValueError: a truncated file; a tensor that is missing, unexpected, of another shape or not floating point.
+        ValueError: a truncated file; a tensor that is missing, unexpected, of another shape, or of numbers that mean
+            nothing by themselves.
     """
     folder = Path(folder)
+    method, blocks = check_format(folder, read_config(folder))
     stored: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         stored |= read_header(file)
+    stored = with_scales(folder, stored, blocks)
     shapes = parameter_shapes(config)
     ignored = {name for name in stored if _IGNORED.search(name)}
     if config.tie_embeddings:
         ignored.add("lm_head.weight")  # some exporters write the tied head too
-    if missing := [name for name in shapes if name not in stored]:
+    missing = [name for name in shapes if name not in stored]
+    if missing and method == "torchao":  # which names the parts of its tensors in its own way
+        raise ValueError(refusal(folder, method))
+    if missing:
         raise ValueError(
             f"{folder} lacks {_some(missing)}, which its config.json calls for. Either a download was incomplete, or "
             "config.json belongs to another model."
@@ -133,7 +141,7 @@ def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTens
                 f"{folder}: {name} has shape {list(stored[name].shape)}, and config.json calls for {list(shape)}. "
                 "The two belong to different models."
             )
-        if stored[name].dtype not in DTYPES:
+        if stored[name].dtype not in DTYPES and stored[name].scale is None:
             raise ValueError(
                 f"{folder}: {name} is stored as {stored[name].dtype}, and kdtune reads {', '.join(DTYPES)}. "
                 "Use the checkpoint before its quantisation."
@@ -181,7 +189,11 @@ def load_model(
         if random_weights and not is_meta:
             _draw(name, weight, config.initializer_range, generator)
         elif not is_meta:
-            read_into(stored[_name_in_folder(name, keep_layers)], weight, buffer)
+            place = stored[_name_in_folder(name, keep_layers)]
+            if quantization == "fp8" and name in quantized and place.is_fp8:
+                weight = stored_fp8(*read_fp8(place, weight.device, buffer), dtype)
+            else:
+                read_into(place, weight, buffer)
         if quantization is not None and name in quantized:
             quantize_linear(model, name.removesuffix(".weight"), weight, quantization)
         else:
@@ -205,7 +217,8 @@ def save_model(
     Args:
         model: what to write.
         folder: new or empty; made if need be.
-        config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced.
+        config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced, and what
+            it says of a quantisation left out.
         companions: other files of the folder, by name, as from `read_companions`.
         dtype: of the written weights. None: as they are in memory.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
@@ -228,6 +241,7 @@ def save_model(
             "untouched. Resume from there with a lower learning rate."
         )
     dtype = dtype or next(iter(weights.values())).dtype
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     _write_json(folder / "config.json", {**config, dtype_key: str(dtype).removeprefix("torch.")})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What is a number only together with a scale. Each is exact in bfloat16.
+CODES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
 PIECE = 4 * 2**20  # bytes read at a time
 METADATA = "__metadata__"  # what the header has besides tensors
 
@@ -31,6 +33,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # byte in the file
     size: int  # bytes
+    scale: StoredTensor | None = None  # of a quantised weight: what its numbers are multiplied by
+    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is e4m3 in whole blocks, which can stay as they are in memory."""
+        fits = all(size % block == 0 for size, block in zip(self.shape, self.block, strict=False))
+        return self.dtype == "F8_E4M3" and self.scale is not None and fits
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -64,7 +74,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _place(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     stored = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start=data + start, size=end - start)
-    dtype = DTYPES.get(stored.dtype)
+    dtype = (DTYPES | CODES).get(stored.dtype)
     if start < 0 or (dtype is not None and stored.size != math.prod(stored.shape) * dtype.itemsize):
         raise ValueError
     return stored
@@ -75,11 +85,11 @@ def _damaged(file: Path, how: str) -> str:
 
 
 def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
-    """Fill `target`, contiguous and of the same shape, converting to its dtype and device.
+    """Fill `target`, contiguous and of the same shape, converting to its dtype and device; scaled, if it has a scale.
 
     `buffer` holds one piece, uint8; keep it for the next tensor (each time a new one would leave holes in the heap).
     """
-    dtype = DTYPES[stored.dtype]
+    dtype = (DTYPES | CODES)[stored.dtype]
     flat = target.view(-1)
     per_piece = len(buffer) // dtype.itemsize
     assert stored.size == math.prod(stored.shape) * dtype.itemsize == flat.numel() * dtype.itemsize
@@ -90,6 +100,32 @@ def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
             piece = buffer[: count * dtype.itemsize]
             _read_exactly(stream, piece.numpy().data, stored.file)
             flat[begin : begin + count].copy_(piece.view(dtype))
+    if stored.scale is not None:
+        scale = _read_scale(stored, stored.scale, target.device, buffer)
+        (rows, columns), d = stored.block, target.shape[1]
+        if columns < d:
+            scale = scale.repeat_interleave(columns, dim=1)[:, :d]  # [blocks, d]
+        step = max(1, len(buffer) // (4 * d))  # rows that take no more memory than the buffer in float32
+        for begin in range(0, len(target), step):
+            piece = target[begin : begin + step]
+            block = torch.arange(begin, begin + len(piece), device=target.device) // rows  # of each row
+            piece.copy_(piece.float() * scale[block])
+
+
+def read_fp8(stored: StoredTensor, device: torch.device, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [n, d] of a weight that `is_fp8`, and the scales of its blocks."""
+    assert stored.scale is not None
+    codes = torch.empty(stored.shape, dtype=torch.float8_e4m3fn, device=device)
+    read_into(replace(stored, scale=None), codes, buffer)
+    return codes, _read_scale(stored, stored.scale, device, buffer)
+
+
+def _read_scale(stored: StoredTensor, scale: StoredTensor, device: torch.device, buffer: Tensor) -> Tensor:
+    """One for each block, [n / rows, d / columns], float32."""
+    shape = [-(-size // block) for size, block in zip(stored.shape, stored.block, strict=True)]
+    target = torch.empty(shape, device=device)
+    read_into(scale, target.view(scale.shape), buffer)
+    return target
 
 
 def _read_exactly(stream: FileIO, view: memoryview, file: Path) -> None:

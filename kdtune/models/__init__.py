@@ -14,6 +14,7 @@ from kdtune.models.quantization import (
     quantize,
     quantize_linear,
     quantized_shapes,
+    stored_fp8,
 )
 from kdtune.models.streaming import stream_layers
 
@@ -36,5 +37,6 @@ __all__ = [
     "quantize",
     "quantize_linear",
     "quantized_shapes",
+    "stored_fp8",
     "stream_layers",
 ]

@@ -128,11 +128,6 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if config.get(key) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}, without which the model's size is unknown.")
-    if config.get("quantization_config"):
-        raise ValueError(
-            "config.json has a quantization_config: the weights are stored quantised, which kdtune cannot read. "
-            "Use the checkpoint in bfloat16 or float32."
-        )
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(
             f"config.json has hidden_act {config['hidden_act']!r}, which kdtune does not have. "

@@ -139,6 +139,20 @@ def quantize(weight: Tensor, kind: Quantization) -> Tensor:
     return to_nf4(weight)
 
 
+def stored_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight that was fp8 on the disk, as `quantize` would have made it.
+
+    Args:
+        codes: [n, d], float8_e4m3fn.
+        scale: [n / rows, d / columns] of blocks, float32.
+        dtype: that the weight is to be unpacked into.
+    """
+    with _quiet_torchao():
+        from torchao.quantization import Float8Tensor
+    block = [size // count for size, count in zip(codes.shape, scale.shape, strict=True)]
+    return Float8Tensor(codes, scale, block_size=block, dtype=dtype)
+
+
 def dequantize(weight: Any) -> Tensor:
     """What a weight of `quantize` stands for, [n, d], in the dtype that it had."""
     if hasattr(type(weight), "get_original_weight"):  # nf4
@@ -197,17 +211,21 @@ class _Product(torch.autograd.Function):
 def quantize_linear(model: nn.Module, name: str, weight: Tensor, kind: Quantization) -> None:
     """Replace the linear layer `name` of a model, which may be on `meta`, by one that stores `weight` in few bits.
 
+    A weight that is quantised already stays as it is.
+
     Raises:
         ValueError: the weight is not finite, which rounding could hide.
     """
-    if not weight.is_meta and not weight.isfinite().all():
-        raise ValueError(
-            f"{name}.weight holds numbers that are not finite: rounding could hide it. Is the file broken?"
-        )
+    if not is_quantized(weight):
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(
+                f"{name}.weight holds numbers that are not finite: rounding could hide it. Is the file broken?"
+            )
+        weight = quantize(weight, kind)
     owner, _, attribute = name.rpartition(".")
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    setattr(model.get_submodule(owner), attribute, QuantizedLinear(quantize(weight, kind), linear.bias))
+    setattr(model.get_submodule(owner), attribute, QuantizedLinear(weight, linear.bias))
 
 
 @contextmanager

@@ -96,7 +96,6 @@ def test_windows_of_each_family() -> None:
         ({"model_type": "bert"}, "model_type 'bert', which kdtune does not have. It has: llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None, "vocab_size": None}, "config.json lacks vocab_size, hidden_size"),
-        ({"quantization_config": {"bits": 4}}, "stored quantised"),
         ({"hidden_act": "mish"}, "hidden_act 'mish'"),
         ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ({"rope_scaling": {"type": "longrope"}}, "rotary embedding that kdtune does not have"),

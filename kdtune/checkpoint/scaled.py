@@ -1,0 +1,137 @@
+"""Checkpoints that are quantised already: weights of 8 bits with scales are read, other formats refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint.weights import CODES, DTYPES, StoredTensor
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
+# What a weight's numbers are multiplied by. Both are that, the first one's name notwithstanding.
+_SCALES = ("weight_scale_inv", "weight_scale")
+# For kernels that round activations, keys and values as well. Here these stay as they come.
+_OF_ACTIVATIONS = re.compile(r"\.(input_scale|activation_scale|output_scale|[kvq]_scale)$")
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+_COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
+
+
+def check_format(folder: Path, hf_config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int] | None]:
+    """Refuse a checkpoint in a quantised format that kdtune does not read.
+
+    Args:
+        folder: the checkpoint, to name it.
+        hf_config: its `config.json`.
+
+    Returns:
+        The method that it names, if any; rows and columns of the blocks that share a scale, if the format has such.
+
+    Raises:
+        ValueError: says what the format is, and what to take instead.
+    """
+    found: Mapping[str, Any] = next((hf_config[key] for key in QUANTIZATION_KEYS if hf_config.get(key)), {})
+    method = found.get("quant_method", "compressed-tensors" if "config_groups" in found else None)
+    blocks = found.get("weight_block_size")
+    obstacle = None
+    if method == "compressed-tensors":
+        obstacle, blocks = _compressed_tensors(found)
+    elif method == "modelopt":
+        algorithm = str(found.get("quant_algo")).upper()
+        obstacle = None if algorithm in _MODELOPT else f"quant_algo {algorithm}"
+        blocks = (128, 128) if algorithm == "FP8_PB_WO" else None
+    elif method not in (None, "fp8", "fbgemm_fp8", "torchao"):
+        obstacle = ""
+    if obstacle is not None:
+        raise ValueError(refusal(folder, f"{method}{', ' * bool(obstacle)}{obstacle}"))
+    return method, None if blocks is None else (int(blocks[0]), int(blocks[1]))
+
+
+def refusal(folder: Path, what: str) -> str:
+    """The words for a quantised format that kdtune does not read."""
+    return (
+        f"{folder} is quantised ({what}), and kdtune reads weights of 8 bits with scales: quant_method fp8, "
+        "fbgemm_fp8, modelopt with FP8, and compressed-tensors that are float-quantized or int-quantized. Use the "
+        "checkpoint that it was made from; teacher.quantization stores a teacher in few bits while it is read."
+    )
+
+
+def _compressed_tensors(found: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """What kdtune does not read of it, in words, and the size of blocks."""
+    blocks = None
+    groups = list(found.get("config_groups", {}).values())
+    formats = {group.get("format") or found.get("format") for group in groups} or {found.get("format")}
+    if unknown := [str(name) for name in formats if name not in _COMPRESSED]:
+        return f"format {unknown[0]}", None
+    if (found.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        return f"sparsity {found['sparsity_config']['format']}", None
+    if found.get("transform_config"):
+        return "transform_config", None
+    for group in groups:
+        weights = group.get("weights") or {}
+        if weights.get("num_bits") != 8 or not weights.get("symmetric", True):
+            symmetry = "symmetric" if weights.get("symmetric", True) else "asymmetric"
+            return f"{weights.get('num_bits')} bits, {symmetry}", None
+        if weights.get("strategy") == "block":
+            blocks = weights.get("block_structure")
+        elif weights.get("strategy") == "group":
+            blocks = (1, weights.get("group_size"))
+    return None, blocks
+
+
+def with_scales(
+    folder: Path, stored: Mapping[str, StoredTensor], blocks: tuple[int, int] | None
+) -> dict[str, StoredTensor]:
+    """Tensors of a checkpoint, scales beside the weights that they belong to, without those of activations.
+
+    Args:
+        folder: the checkpoint, to name it.
+        stored: where each tensor lies.
+        blocks: as from `check_format`.
+
+    Raises:
+        ValueError: a weight of 8 bits has no scale, or one of a shape that says nothing.
+    """
+    return dict(_with_scales(folder, stored, blocks))
+
+
+def _with_scales(
+    folder: Path, stored: Mapping[str, StoredTensor], blocks: tuple[int, int] | None
+) -> Iterator[tuple[str, StoredTensor]]:
+    scales = set()
+    for name, tensor in stored.items():
+        if tensor.dtype not in CODES:
+            continue
+        owner = name.removesuffix("weight")
+        scale = next((owner + suffix for suffix in _SCALES if owner + suffix in stored), None)
+        if scale is None:
+            raise ValueError(
+                f"{folder}: {name} is stored as {tensor.dtype} without {owner}{_SCALES[1]}, so that its numbers mean "
+                "nothing. Was it quantised in a format of its own? Use the checkpoint that it was made from."
+            )
+        scales.add(scale)
+        yield name, replace(tensor, scale=stored[scale], block=_block(folder, name, tensor, stored[scale], blocks))
+    for name, tensor in stored.items():
+        if tensor.dtype not in CODES and name not in scales and not (scales and _OF_ACTIVATIONS.search(name)):
+            yield name, tensor
+
+
+def _block(
+    folder: Path, name: str, weight: StoredTensor, scale: StoredTensor, blocks: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    n, d = weight.shape
+    if scale.dtype in DTYPES:
+        if scale.shape in ((), (1,), (1, 1)):
+            return n, d
+        if scale.shape in ((n,), (n, 1)):
+            return 1, d
+        if blocks is not None and scale.shape == (-(-n // blocks[0]), -(-d // blocks[1])):
+            return blocks
+    wanted = f"of blocks of {blocks[0]} x {blocks[1]}" if blocks else "one for all, or one for each row"
+    raise ValueError(
+        f"{folder}: {name} is {n} x {d}, and its scales are {list(scale.shape)} of {scale.dtype}, which is not "
+        f"{wanted}. Is config.json that of these weights?"
+    )
