@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdtune import losses
+from kdtune import losses, optim
 from kdtune.models import ModelConfig, num_parameters
 
 
@@ -16,7 +16,7 @@ class Estimate:
 
     student: int  # weights
     gradients: int
-    optimizer: int  # two moments
+    optimizer: int  # its state
     teacher: int  # weights
     activations: int  # of the student, kept for the backward
     loss: int  # a chunk of both models' logits, and the gradient of the student's head
@@ -36,6 +36,9 @@ def estimate(
     teacher: ModelConfig | None,
     *,
     dtype: torch.dtype,
+    optimizer: optim.OptimizerConfig,
+    optimizer_in_bwd: bool,
+    gradient_accumulation_steps: int,
     batch_size: int,
     seq_len: int,
     activation_checkpointing: bool,
@@ -43,31 +46,41 @@ def estimate(
     device: torch.device,
     packed: bool = False,
 ) -> Estimate:
-    """Peak memory of a training step with AdamW, every row as long as `seq_len`, of several documents if `packed`.
+    """Peak memory of a training step, every row as long as `seq_len`, of several documents if `packed`.
 
     Left out: the allocator's fragmentation, the libraries' own workspace, and on the CPU the process itself.
     """
     size = dtype.itemsize
-    weights = num_parameters(student) * size
+    count = num_parameters(student)
+    # Of all weights, in float32 if they are sums; or of the largest matrix, and then of the next.
+    gradients = student.vocab_size * student.hidden_size * size if optimizer_in_bwd else count * size
+    if gradient_accumulation_steps > 1:
+        gradients = 4 * count
     per_token = _activations_per_token(student, size, activation_checkpointing)
     if packed and (device.type != "cuda" or size == 4):
         # Without the kernel for documents of any length, attention's output is kept by the document and by the row.
         layers = 1 if activation_checkpointing else student.num_layers
         per_token += layers * size * student.num_heads * student.head_dim
     return Estimate(
-        student=weights,
-        gradients=weights,
-        optimizer=2 * weights,
+        student=count * size,
+        gradients=gradients,
+        optimizer=0 if optimizer.offload else int(count * optim.bytes_per_weight(optimizer, dtype)),
         teacher=0 if teacher is None else num_parameters(teacher) * size,
         activations=batch_size * seq_len * per_token,
         loss=_loss_bytes(student, teacher, size, loss_chunk_size, batch_size * seq_len, device),
     )
 
 
-def disk(student: ModelConfig, dtype: torch.dtype, save_dtype: torch.dtype, keeps_checkpoints: bool) -> int:
+def disk(
+    student: ModelConfig,
+    dtype: torch.dtype,
+    save_dtype: torch.dtype,
+    optimizer: optim.OptimizerConfig,
+    keeps_checkpoints: bool,
+) -> int:
     """Bytes on the disk at most: the finished model, and two checkpoints while the newer replaces the older."""
     weights = num_parameters(student)
-    checkpoint = 3 * weights * dtype.itemsize  # with the optimizer's two moments
+    checkpoint = int(weights * (dtype.itemsize + optim.bytes_per_weight(optimizer, dtype)))
     return weights * save_dtype.itemsize + (2 * checkpoint if keeps_checkpoints else 0)
 
 

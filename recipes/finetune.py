@@ -57,12 +57,13 @@ class Config:
     max_steps: int | None = setting(None, gt=0)  # optimizer steps that end the run early; null: all epochs
     optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig)  # AdamW
     lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig)  # learning rate over the run
+    optimizer_in_bwd: bool = False  # step of each weight in the backward, its gradient then freed; no sums, no clipping
     clip_grad_norm: float | None = setting(1.0, gt=0)  # largest norm of the gradient; null: not clipped
     seed: int = setting(0, ge=0)  # of the rows' order and of random weights
     shuffle: bool = True  # a new order of the rows in each epoch
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
-    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
+    dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
@@ -109,14 +110,14 @@ def main(cfg: Config) -> None:
             num_tokens = data.count_labels(micro_batches)
             optim.set_lr(optimizer, inputs.lr_schedule(step))
             loss_sum = forward_backward(cfg, model, micro_batches, num_tokens)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
+            norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
                 loss_value, grad_norm = loss_sum.item(), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
-                    raise run.not_finite(step, loss_value, grad_norm)
+                    raise run.not_finite(step, loss_value, grad_norm, applied=cfg.optimizer_in_bwd)
                 values = {
                     "loss": loss_value,
                     **{f"epochs/{source}": epochs for source, epochs in inputs.loader.source_epochs().items()},
@@ -159,16 +160,19 @@ def main(cfg: Config) -> None:
     print(f"The model is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
-def build(
-    cfg: Config, device: torch.device, resume_from: Path | None = None
-) -> tuple[models.Decoder, torch.optim.Optimizer]:
+def build(cfg: Config, device: torch.device, resume_from: Path | None = None) -> tuple[models.Decoder, optim.AdamW]:
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     model = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
-    return model, optim.build_optimizer(model, cfg.optimizer)
+    if cfg.gradient_accumulation_steps > 1:
+        optim.accumulate_in_float32(model)
+    optimizer = optim.build_optimizer(model, cfg.optimizer, seed=cfg.seed)
+    if cfg.optimizer_in_bwd:
+        optimizer.step_in_backward()
+    return model, optimizer
 
 
 def forward_backward(
@@ -222,6 +226,14 @@ def check(cfg: Config) -> Inputs:
         run_device,
     )
     dtype = devices.DTYPES[cfg.dtype]
+    optim.check_optimizer(
+        cfg.optimizer,
+        dtype=dtype,
+        device=run_device,
+        in_backward=cfg.optimizer_in_bwd,
+        clip_grad_norm=cfg.clip_grad_norm,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+    )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
@@ -247,6 +259,9 @@ def check(cfg: Config) -> Inputs:
         model,
         None,
         dtype=dtype,
+        optimizer=cfg.optimizer,
+        optimizer_in_bwd=cfg.optimizer_in_bwd,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         batch_size=cfg.batch_size,
         seq_len=cfg.tokenizer.max_seq_len,
         activation_checkpointing=cfg.enable_activation_checkpointing,
@@ -255,7 +270,8 @@ def check(cfg: Config) -> Inputs:
         packed=cfg.dataset.packed,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    preflight.check_disk_space(output_dir, memory.disk(model, dtype, save_dtype, cfg.save_every_n_steps > 0))
+    needed = memory.disk(model, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0)
+    preflight.check_disk_space(output_dir, needed)
 
     loaded = load_data(cfg, tokenizer, model.vocab_size)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)

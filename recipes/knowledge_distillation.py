@@ -71,12 +71,13 @@ class Config:
     max_steps: int | None = setting(None, gt=0)  # optimizer steps that end the run early; null: all epochs
     optimizer: optim.OptimizerConfig = setting(optim.OptimizerConfig)  # AdamW
     lr_scheduler: optim.LRSchedulerConfig = setting(optim.LRSchedulerConfig)  # learning rate over the run
+    optimizer_in_bwd: bool = False  # step of each weight in the backward, its gradient then freed; no sums, no clipping
     clip_grad_norm: float | None = setting(1.0, gt=0)  # largest norm of the gradient; null: not clipped
     seed: int = setting(0, ge=0)  # of the rows' order and of random weights
     shuffle: bool = True  # a new order of the rows in each epoch
 
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
-    dtype: devices.Dtype = "bf16"  # of weights, gradients and moments; losses are always float32
+    dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
     enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
     activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
@@ -125,14 +126,14 @@ def main(cfg: Config) -> None:
             num_tokens = data.count_labels(micro_batches)
             optim.set_lr(optimizer, inputs.lr_schedule(step))
             sums = forward_backward(cfg, student, teacher, micro_batches, num_tokens, step / inputs.num_steps)
-            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm or math.inf)
+            norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
                 (loss_value, ce_loss, kd_loss, balanced_kd), grad_norm = sums.tolist(), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
-                    raise run.not_finite(step, loss_value, grad_norm)
+                    raise run.not_finite(step, loss_value, grad_norm, applied=cfg.optimizer_in_bwd)
                 values = {
                     "loss": loss_value,
                     "ce_loss": ce_loss,
@@ -185,7 +186,7 @@ def main(cfg: Config) -> None:
 
 def build(
     cfg: Config, device: torch.device, resume_from: Path | None = None
-) -> tuple[models.Decoder, LiveTeacher, torch.optim.Optimizer]:
+) -> tuple[models.Decoder, LiveTeacher, optim.AdamW]:
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     teacher = load_teacher(cfg, device, cfg.teacher.quantization, cfg.teacher.offload)
@@ -193,7 +194,12 @@ def build(
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
-    return student, teacher, optim.build_optimizer(student, cfg.optimizer)
+    if cfg.gradient_accumulation_steps > 1:
+        optim.accumulate_in_float32(student)
+    optimizer = optim.build_optimizer(student, cfg.optimizer, seed=cfg.seed)
+    if cfg.optimizer_in_bwd:
+        optimizer.step_in_backward()
+    return student, teacher, optimizer
 
 
 def load_teacher(
@@ -268,6 +274,14 @@ def check(cfg: Config) -> Inputs:
     teacher_device = cfg.teacher.place(run_device)
     losses.build_divergence(cfg.kd_loss)
     dtype = devices.DTYPES[cfg.dtype]
+    optim.check_optimizer(
+        cfg.optimizer,
+        dtype=dtype,
+        device=run_device,
+        in_backward=cfg.optimizer_in_bwd,
+        clip_grad_norm=cfg.clip_grad_norm,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+    )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
@@ -298,6 +312,9 @@ def check(cfg: Config) -> Inputs:
         student,
         teacher,
         dtype=dtype,
+        optimizer=cfg.optimizer,
+        optimizer_in_bwd=cfg.optimizer_in_bwd,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         batch_size=cfg.batch_size,
         seq_len=cfg.tokenizer.max_seq_len,
         activation_checkpointing=cfg.enable_activation_checkpointing,
@@ -306,7 +323,8 @@ def check(cfg: Config) -> Inputs:
         packed=cfg.dataset.packed,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    preflight.check_disk_space(output_dir, memory.disk(student, dtype, save_dtype, cfg.save_every_n_steps > 0))
+    needed = memory.disk(student, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0)
+    preflight.check_disk_space(output_dir, needed)
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
     loaded = load_data(cfg, tokenizer, vocab_size)

@@ -43,6 +43,9 @@ def make_config(**changes: Any) -> ModelConfig:
 def estimate(config: ModelConfig, teacher: ModelConfig | None = None, **changes: Any) -> memory.Estimate:
     settings = {
         "dtype": torch.float32,
+        "optimizer": optim.OptimizerConfig(),
+        "optimizer_in_bwd": False,
+        "gradient_accumulation_steps": 1,
         "batch_size": 2,
         "seq_len": 128,
         "activation_checkpointing": False,
@@ -125,6 +128,15 @@ def test_weights_gradients_and_moments_are_exact(variant: str, dtype: torch.dtyp
     assert estimate(config).teacher == 0
 
 
+def test_gradients_that_are_sums_or_not_kept() -> None:
+    config = make_config(vocab_size=2048)
+    count = models.num_parameters(config)
+    assert estimate(config, dtype=torch.bfloat16).gradients == 2 * count
+    assert estimate(config, dtype=torch.bfloat16, gradient_accumulation_steps=2).gradients == 4 * count
+    assert estimate(config, dtype=torch.bfloat16, optimizer_in_bwd=True).gradients == 2 * 2048 * config.hidden_size
+    assert estimate(config, optimizer=optim.OptimizerConfig(offload=True)).optimizer == 0
+
+
 def peak_of_step(model: Decoder, teacher: Decoder | None, dtype: torch.dtype) -> int:
     """Bytes that a training step holds at most beyond weights and moments, by the allocator's own record."""
     optimizer = optim.build_optimizer(model, optim.OptimizerConfig())
@@ -183,8 +195,12 @@ def test_total() -> None:
 def test_disk() -> None:
     config = make_config()
     bf16 = 2 * models.num_parameters(config)
-    assert memory.disk(config, torch.bfloat16, torch.float32, keeps_checkpoints=False) == 2 * bf16
-    assert memory.disk(config, torch.bfloat16, torch.bfloat16, keeps_checkpoints=True) == bf16 + 2 * (bf16 + 2 * bf16)
+    nearest = optim.OptimizerConfig(precision="nearest")
+    assert memory.disk(config, torch.bfloat16, torch.float32, nearest, keeps_checkpoints=False) == 2 * bf16
+    kept = bf16 + 2 * (bf16 + 2 * bf16)
+    assert memory.disk(config, torch.bfloat16, torch.bfloat16, nearest, keeps_checkpoints=True) == kept
+    kept = bf16 + 2 * (bf16 + 5 * bf16)
+    assert memory.disk(config, torch.bfloat16, torch.bfloat16, optim.OptimizerConfig(), keeps_checkpoints=True) == kept
 
 
 def test_it_reads_well() -> None:

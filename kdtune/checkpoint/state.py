@@ -176,13 +176,14 @@ class Run:
         # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
         (self.output_dir / "recipe.py").write_bytes(recipe.read_bytes())
 
-    def not_finite(self, step: int, loss: float, grad_norm: float) -> FloatingPointError:
-        """The error for a loss or a gradient that is not a number."""
+    def not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool = False) -> FloatingPointError:
+        """The error for a loss or a gradient that is not a number, in a step that is still to be applied or is not."""
         newest = latest(self.output_dir)
         kept = f"The checkpoint {newest} is from before." if newest else "No checkpoint was saved before."
+        fate = "was applied within the backward (optimizer_in_bwd=true)" if applied else "was not applied"
         return FloatingPointError(
-            f"The loss of step {step} is {loss}, the norm of its gradient {grad_norm}. The step was not applied, since "
-            f"no later step could recover from it. {kept} Usual causes: a learning rate that is too high, a warm-up "
+            f"The loss of step {step} is {loss}, the norm of its gradient {grad_norm}. The step {fate}, and no later "
+            f"step could recover from it. {kept} Usual causes: a learning rate that is too high, a warm-up "
             "that is too short, broken weights."
         )
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import distil, finetune
 
-from kdtune import checkpoint, data, tokenizers
+from kdtune import checkpoint, data, optim, tokenizers
 from kdtune.checkpoint import state
 from kdtune.cli import catalog
 from kdtune.cli.main import main
@@ -354,18 +354,17 @@ def test_weights_that_are_no_numbers_replace_nothing(
     """The loss of a step is a number, its gradient is not. Seen where it is logged, else when the weights are saved."""
     whole = recipe(tiny, tmp_path / "whole", *SHORT)
     broken_step = 3
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = optim.AdamW.clip_grad_norm
     calls = 0
 
-    def breaking(parameters: Any, *args: Any) -> torch.Tensor:
+    def breaking(optimizer: optim.AdamW, *args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        parameters = list(parameters)
         if calls == broken_step:
-            parameters[0].grad.fill_(float("nan"))
-        return clip(parameters, *args)
+            optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
+        return clip(optimizer, *args)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaking)
+    monkeypatch.setattr(optim.AdamW, "clip_grad_norm", breaking)
     run = tmp_path / "run"
     message = refused(capsys, lambda: recipe(tiny, run, *SHORT, "save_every_n_steps=2"))
     assert "norm of its gradient nan. The step was not applied" in message

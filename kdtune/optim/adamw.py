@@ -1,0 +1,203 @@
+"""AdamW that chooses how weights are rounded, how moments are kept, where, and when a weight takes its step."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdtune.optim import moments
+from kdtune.optim.rounding import join, round_stochastically, split, widen
+
+Precision = Literal["fp32", "stochastic", "nearest"]
+Rounding = Callable[[Tensor, Tensor], object]  # (float32 value, where the rounded one goes)
+
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have a sign
+# Weights that are in float32 at one time: on the CPU what its caches hold, on a GPU what keeps it busy.
+BLOCK, BLOCK_ON_GPU = 2**18, 2**22
+
+
+class AdamW(torch.optim.Optimizer):
+    """Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", computed in float32 by torch's fused kernel.
+
+    State of each parameter: `step`, the moments `exp_avg` and `exp_avg_sq` (with `exp_avg_scale` and `exp_avg_sq_scale`
+    if they are codes), and the `rest` of a bf16 weight that together with it is the weight in float32.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        name: moments.Name = "adamw",
+        precision: Precision = "fp32",
+        offload: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            groups: parameters (`params`), each group with its `weight_decay`.
+            lr: of the next step, until `set_lr` changes it.
+            betas: decay of the two moments.
+            eps: added to the root of the second moment.
+            name: format of the moments.
+            precision: how bf16 weights take a step, and that moments of them which are floats are float32 with "fp32"
+                and bf16 otherwise. Other weights take it as they are.
+            offload: keep the state in host memory and compute there. Weights and gradients stay where they are.
+            seed: of stochastic rounding. What is drawn depends on it, the step and the parameter, and on nothing else.
+        """
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self._name, self._precision, self._offload, self._seed = name, precision, offload, seed
+        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        self._index = {parameter: index for index, parameter in enumerate(self._groups)}
+        self._norms: dict[int, Tensor] = {}  # of gradients that a step in the backward has freed
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Every parameter with a gradient takes its step."""
+        waiting = [parameter for parameter in self._groups if parameter.grad is not None]
+        # All copies to the host are asked for before the first one is waited for.
+        for parameter, copies in [(parameter, self._copies(parameter)) for parameter in waiting]:
+            self._step(parameter, copies)
+
+    def step_in_backward(self) -> None:
+        """From now on a parameter takes its step when the backward has its gradient, which is gone right after."""
+
+        @torch.no_grad()
+        def act(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._norms[self._index[parameter]] = _norm(parameter.grad)
+            self._step(parameter, self._copies(parameter))
+            parameter.grad = None
+
+        for parameter in self._groups:
+            parameter.register_post_accumulate_grad_hook(act)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """Shrink the gradient to a norm of `max_norm` if it is larger (None: leave it), and return what it was.
+
+        After steps in the backward there is no gradient left, and it is the norm of those that were.
+        """
+        waiting = [parameter for parameter in self._groups if parameter.grad is not None]
+        norms = {self._index[p]: _norm(p.grad) for p in waiting if p.grad is not None} or self._norms
+        norm = torch.linalg.vector_norm(torch.stack([norms[index] for index in sorted(norms)]))
+        self._norms = {}
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(waiting, max_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take moments and rests of a checkpoint; settings and formats stay those of this optimizer.
+
+        What was saved in another format is converted.
+        """
+        for parameter, index in self._index.items():
+            if (saved := state_dict["state"].get(index)) is None:
+                continue
+            state = self._state(parameter)
+            state["step"] = int(saved["step"])
+            for key, signed in MOMENTS.items():
+                scale = f"{key}_scale"
+                moments.assign(state[key], state.get(scale), saved[key], saved.get(scale), signed=signed)
+            if "rest" in state and "rest" in saved:
+                state["rest"].copy_(saved["rest"])
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            device = torch.device("cpu") if self._offload else parameter.device
+            has_rest = parameter.dtype == torch.bfloat16 and self._precision == "fp32"
+            state["step"] = 0
+            for key in MOMENTS:
+                dtype = torch.float32 if has_rest else parameter.dtype
+                state[key], scale = moments.zeros(self._name, parameter, dtype, device)
+                if scale is not None:
+                    state[f"{key}_scale"] = scale
+            if has_rest:
+                state["rest"] = torch.zeros_like(parameter, dtype=torch.int16, device=device)
+        return state
+
+    def _copies(self, parameter: Tensor) -> "_Copies | None":
+        """Of weight and gradient on the host, which are there as soon as they are `ready`."""
+        if not self._offload or parameter.is_meta:
+            return None
+        assert parameter.grad is not None
+        # To memory that the GPU writes by itself: torch takes such for copies that need not be waited for.
+        weight, gradient = (t.to("cpu", non_blocking=True) for t in (parameter.detach(), parameter.grad))
+        return _Copies(weight, gradient, torch.accelerator.current_stream(parameter.device).record_event())
+
+    def _step(self, parameter: Tensor, copies: "_Copies | None") -> None:
+        if parameter.is_meta:  # a plan, in which the host's memory is not looked at
+            if not self._offload:
+                self._state(parameter)
+            return
+        if copies is None:
+            assert parameter.grad is not None
+            self._advance(parameter, parameter.detach(), parameter.grad)
+        else:
+            copies.ready.synchronize()
+            self._advance(parameter, copies.weight, copies.gradient)
+            parameter.copy_(copies.weight, non_blocking=True)
+
+    def _advance(self, parameter: Tensor, weight: Tensor, gradient: Tensor) -> None:
+        """Change `weight` and the state of `parameter`, a block at a time."""
+        state, group = self._state(parameter), self._groups[parameter]
+        state["step"] += 1
+        kept = {key: tensor for key, tensor in state.items() if key != "step"}
+        step = torch.full((), float(state["step"]), device=weight.device)
+        rounding = self._rounding(self._index[parameter], state["step"], weight.device)
+        size = BLOCK if weight.device.type == "cpu" else BLOCK_ON_GPU
+        # Codes and scales are fewer than weights, in a ratio that divides a block.
+        flat = [tensor.view(-1) for tensor in (weight, gradient.contiguous(), *kept.values())]
+        pieces = [tensor.split(size * tensor.numel() // weight.numel()) for tensor in flat]
+        for weights, gradients, *others in zip(*pieces, strict=True):
+            block = dict(zip(kept, others, strict=True))
+            rest = block.get("rest")
+            value = widen(weights) if rest is None else join(weights, rest)
+            scales = {key: block.get(f"{key}_scale") for key in MOMENTS}
+            first, second = (moments.read(block[key], scales[key], signed=MOMENTS[key]) for key in MOMENTS)
+            torch._fused_adamw_(
+                [value],
+                [gradients.to(value.dtype)],
+                [first],
+                [second],
+                [],
+                [step],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+            for key, moment in zip(MOMENTS, (first, second), strict=True):
+                moments.write(moment, block[key], scales[key], signed=MOMENTS[key], rounding=rounding)
+            if rest is not None:
+                split(value, weights, rest)
+            elif weights.dtype != value.dtype:
+                rounding(value, weights)
+
+    def _rounding(self, index: int, step: int, device: torch.device) -> Rounding:
+        if self._precision != "stochastic":
+            return lambda value, rounded: rounded.copy_(value)
+        digest = hashlib.blake2b(f"{self._seed} {step} {index}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+        return functools.partial(round_stochastically, generator=generator)
+
+
+class _Copies(NamedTuple):
+    weight: Tensor
+    gradient: Tensor
+    ready: torch.Event
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    # Without a dtype, as in torch's own functions, it would have the 8 bits of bf16.
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
