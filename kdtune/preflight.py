@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from kdtune import tokenizers
 from kdtune.memory import format_bytes
-from kdtune.models import ModelConfig, num_parameters
+from kdtune.models import LoraConfig, ModelConfig, num_parameters, trained_shapes
 from kdtune.tokenizers import Tokenizer
 
 
@@ -122,4 +123,15 @@ def describe(folder: str, model: ModelConfig) -> str:
     return (
         f"{folder}: {num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of {model.hidden_size}, "
         f"vocabulary {model.vocab_size:,}"
+    )
+
+
+def describe_lora(lora: LoraConfig, model: ModelConfig) -> str:
+    """One line: how much of `model` is trained."""
+    shapes = trained_shapes(model, lora)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    layers = sum(name.endswith("lora_A.weight") for name in shapes)
+    return (
+        f"{count:,} parameters are trained, {count / num_parameters(model):.1%} of the model's: rank {lora.rank} "
+        f"beside {layers} of its weights"
     )

@@ -45,6 +45,7 @@ class Config:
     """Every setting of this recipe."""
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the model
+    lora: models.LoraConfig | None = None  # train an adapter instead of the weights; null: the weights
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # of the model
     ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
@@ -89,12 +90,10 @@ def main(cfg: Config) -> None:
 
     model, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
-    def write_model(folder: Path, dtype: torch.dtype | None = None) -> None:
-        companions = inputs.companions
-        checkpoint.save_model(model, folder, config=inputs.model_config, companions=companions, dtype=dtype)
-
+    writer = checkpoint.ModelWriter(model, cfg.checkpointer, cfg.lora, inputs.model_config, inputs.companions)
+    torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
-        Path(cfg.output_dir), inputs.resume_from, write_model, optimizer=optimizer, loader=inputs.loader
+        Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
@@ -148,22 +147,27 @@ def main(cfg: Config) -> None:
                     print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
                     raise SystemExit(interrupt.exit_code)
 
-    folder = run.finish(lambda folder: write_model(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
+    found_by = writer.finish(run, devices.DTYPES[cfg.save_dtype or cfg.dtype])
     before, after = (logger.logged(step, "val_loss") for step in (0, run.step))
     if before and after:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
-    print(generation.compare({"model": model}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    print(generation.compare({"model": model.eval()}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
+    settings = f"{found_by} device={cfg.device} dtype={cfg.dtype}"
     settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
-    print(f"The model is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    print(f"The model is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
 def build(cfg: Config, device: torch.device, resume_from: Path | None = None) -> tuple[models.Decoder, optim.AdamW]:
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
-    model = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
+    model = checkpoint.load_start(
+        cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed, lora=cfg.lora
+    )
+    if cfg.lora is not None:
+        models.add_lora(model, cfg.lora, seed=cfg.seed)
+        checkpoint.load_adapter(model, resume_from or cfg.lora.start_from)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
@@ -236,20 +240,23 @@ def check(cfg: Config) -> Inputs:
     )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
-    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
+    start_from = None if cfg.lora is None else cfg.lora.start_from
     resume_from = checkpoint.prepare_output_dir(
         output_dir,
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite_output_dir,
-        sources=(cfg.checkpointer.checkpoint_dir, tokenizer_path),
+        sources=(cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir, start_from, tokenizer_path),
     )
 
-    model_config = checkpoint.check_start(cfg.checkpointer, resume_from)
+    model_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     model = models.from_hf_config(model_config)
+    if cfg.lora is not None:
+        checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, run_device, merged_dtype=cfg.save_dtype)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
-    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path, template)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, tokenizer_path, template)
     preflight.check_vocabulary(tokenizer, model, "model")
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
@@ -278,6 +285,8 @@ def check(cfg: Config) -> Inputs:
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 
     print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
+    if cfg.lora is not None:
+        print(f"lora      {preflight.describe_lora(cfg.lora, model)}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
@@ -297,7 +306,7 @@ def check(cfg: Config) -> Inputs:
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
     """The model's own, unless another is named."""
-    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir)
+    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir)
 
 
 def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
@@ -340,6 +349,7 @@ def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_
 def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, float]:
     """Mean over the labelled tokens of the validation rows, in nats; of a blend also of each: val_loss/<name>."""
     found = {}
+    model.eval()
     for source, batches in inputs.val_batches.items():
         loss_sum, num_tokens = torch.zeros((), device=inputs.device), batches.num_labels
         for batch in batches:
@@ -347,4 +357,5 @@ def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, fl
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
             loss_sum += objective(cfg, hidden, model.head, batch.labels, num_tokens).ce
         found[source] = {"val_loss": loss_sum.item()}, num_tokens
+    model.train()
     return metrics.pool(found)

@@ -47,7 +47,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     inputs = check(cfg)
-    model = checkpoint.load_model(cfg.checkpointer.checkpoint_dir, dtype=inputs.dtype, device=inputs.device).eval()
+    folder, adapter_dir = cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir
+    model = checkpoint.load_model(folder, dtype=inputs.dtype, device=inputs.device, adapter_dir=adapter_dir).eval()
 
     results: list[dict[str, str]] = []
     num_tokens, started = 0, time.perf_counter()
@@ -115,17 +116,15 @@ def check(cfg: Config) -> Inputs:
         raise FileNotFoundError(f"output_file={cfg.output_file} is in a folder that does not exist. Make it first.")
     prompts = [cfg.prompt] if cfg.prompt is not None else read_prompts(cfg.prompts_file or "")
 
-    folder = cfg.checkpointer.checkpoint_dir
-    model = models.from_hf_config(checkpoint.read_config(folder))
-    checkpoint.check_files(folder, model)
-    tokenizer = tokenizers.load(folder)
+    model = models.from_hf_config(checkpoint.check_model(cfg.checkpointer))
+    tokenizer = tokenizers.load(cfg.checkpointer.tokenizer_dir, cfg.checkpointer.checkpoint_dir)
     preflight.check_vocabulary(tokenizer, model, "model")
 
     rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]
     setting = "prompt" if cfg.prompts_file is None else "prompts_file"
     different = [row.tokens for row in rows[:: cfg.num_samples]]
     preflight.check_prompts(different, cfg.max_new_tokens, setting, model, "model")
-    print(preflight.describe(folder, model))
+    print(preflight.describe(cfg.checkpointer.checkpoint_dir, model))
     print(f"{len(rows)} continuations, {cfg.dtype} on {devices.describe(run_device)}\n")
     return Inputs(run_device, devices.DTYPES[cfg.dtype], tokenizer, rows)
 

@@ -60,6 +60,7 @@ class Config:
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
     teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
     teacher: TeacherConfig = setting(TeacherConfig)  # how the teacher is held
+    lora: models.LoraConfig | None = None  # train an adapter of the student instead of its weights; null: the weights
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # shared by both models
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
     dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
@@ -104,12 +105,10 @@ def main(cfg: Config) -> None:
     full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
     student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
-    def write_student(folder: Path, dtype: torch.dtype | None = None) -> None:
-        companions = inputs.companions
-        checkpoint.save_model(student, folder, config=inputs.student_config, companions=companions, dtype=dtype)
-
+    writer = checkpoint.ModelWriter(student, cfg.checkpointer, cfg.lora, inputs.student_config, inputs.companions)
+    torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
-        Path(cfg.output_dir), inputs.resume_from, write_student, optimizer=optimizer, loader=inputs.loader
+        Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
@@ -171,17 +170,17 @@ def main(cfg: Config) -> None:
                     print(f"{interrupt.received.name}: saved {folder}; continue with resume_from_checkpoint=true")
                     raise SystemExit(interrupt.exit_code)
 
-    folder = run.finish(lambda folder: write_student(folder, devices.DTYPES[cfg.save_dtype or cfg.dtype]))
+    found_by = writer.finish(run, devices.DTYPES[cfg.save_dtype or cfg.dtype])
     before, after = (logger.logged(step, "val_ce_loss") for step in (0, run.step))
     if before and after:
         print(closing_table(before, after))
     logger.close()
-    sampled = {"teacher": teacher.model, "student": student}
+    sampled = {"teacher": teacher.model, "student": student.eval()}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    settings = f"checkpointer.checkpoint_dir={shlex.quote(str(folder))} device={cfg.device} dtype={cfg.dtype}"
+    settings = f"{found_by} device={cfg.device} dtype={cfg.dtype}"
     settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
-    print(f"The student is in {folder}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    print(f"The student is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
 
 
 def build(
@@ -190,7 +189,12 @@ def build(
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     teacher = load_teacher(cfg, device, cfg.teacher.quantization, cfg.teacher.offload)
-    student = checkpoint.load_start(cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed)
+    student = checkpoint.load_start(
+        cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed, lora=cfg.lora
+    )
+    if cfg.lora is not None:
+        models.add_lora(student, cfg.lora, seed=cfg.seed)
+        checkpoint.load_adapter(student, resume_from or cfg.lora.start_from)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
@@ -207,9 +211,13 @@ def load_teacher(
 ) -> LiveTeacher:
     """The teacher for a student on `device`."""
     place = cfg.teacher.place(device)
-    folder = cfg.teacher_checkpointer.checkpoint_dir
-    dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
-    model = checkpoint.load_model(folder, dtype=dtype, device="cpu" if offload else place, quantization=quantization)
+    model = checkpoint.load_model(
+        cfg.teacher_checkpointer.checkpoint_dir,
+        dtype=devices.DTYPES[cfg.teacher.dtype or cfg.dtype],
+        device="cpu" if offload else place,
+        adapter_dir=cfg.teacher_checkpointer.adapter_dir,
+        quantization=quantization,
+    )
     return LiveTeacher(model, student_device=device, offload_to=place if offload else None)
 
 
@@ -284,24 +292,29 @@ def check(cfg: Config) -> Inputs:
     )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
-    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir
+    tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
+    start_from = None if cfg.lora is None else cfg.lora.start_from
     resume_from = checkpoint.prepare_output_dir(
         output_dir,
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite_output_dir,
-        sources=(cfg.checkpointer.checkpoint_dir, cfg.teacher_checkpointer.checkpoint_dir, tokenizer_path),
+        sources=(
+            *(cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir, start_from),
+            *(cfg.teacher_checkpointer.checkpoint_dir, cfg.teacher_checkpointer.adapter_dir, tokenizer_path),
+        ),
     )
 
-    student_config = checkpoint.check_start(cfg.checkpointer, resume_from)
-    teacher_config = checkpoint.read_config(cfg.teacher_checkpointer.checkpoint_dir)
+    student_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
+    teacher_config = checkpoint.check_model(cfg.teacher_checkpointer)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
-    checkpoint.check_files(cfg.teacher_checkpointer.checkpoint_dir, teacher)
+    if cfg.lora is not None:
+        checkpoint.check_lora(cfg.lora, cfg.checkpointer, student, dtype, run_device, merged_dtype=cfg.save_dtype)
     teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=teacher_device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
-    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, cfg.tokenizer.path, template)
+    companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, tokenizer_path, template)
     preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, model in (("student", student), ("teacher", teacher)):
@@ -332,6 +345,8 @@ def check(cfg: Config) -> Inputs:
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
+    if cfg.lora is not None:
+        print(f"lora      {preflight.describe_lora(cfg.lora, student)}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
@@ -352,7 +367,7 @@ def check(cfg: Config) -> Inputs:
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
     """The student's own, unless another is named."""
-    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.checkpoint_dir)
+    return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir)
 
 
 def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
@@ -425,6 +440,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
     sums, num_tokens = torch.zeros(6, device=inputs.device), 0
+    student.eval()
     for batch in batches:
         num_tokens += batch.num_labels
         targets = teacher(batch)
@@ -436,6 +452,7 @@ def evaluate(
         )
         values = (loss.ce, loss.kd, loss.agreement, loss.student_entropy, loss.teacher_ce, loss.teacher_entropy)
         sums += torch.stack(values)
+    student.train()
     names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_entropy", "val_teacher_ce_loss", "val_teacher_entropy")
     return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
 

@@ -121,11 +121,12 @@ def attributes_read(paths: list[Path]) -> set[str]:
 
 
 def owner(section: Any) -> list[Path]:
-    """The files of the part of the library that a section lives in."""
+    """The files of the part of the library that a section lives in, and others that name it."""
     name = part(section.__module__)
     if name is None:
         return []
-    return sorted((PACKAGE / name).glob("*.py")) or [PACKAGE / f"{name}.py"]
+    naming = [path for path in PACKAGE.rglob("*.py") if re.search(rf"\b{section.__name__}\b", path.read_text())]
+    return [*naming, *(sorted((PACKAGE / name).glob("*.py")) or [PACKAGE / f"{name}.py"])]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)

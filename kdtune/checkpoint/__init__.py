@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face folders in and out, where a model starts, and the state of a run."""
 
+from kdtune.checkpoint.adapters import load_adapter, read_adapter, save_adapter
 from kdtune.checkpoint.huggingface import (
     check_files,
     load_model,
@@ -8,22 +9,36 @@ from kdtune.checkpoint.huggingface import (
     save_model,
     select_layers,
 )
-from kdtune.checkpoint.start import CheckpointerConfig, StartCheckpointerConfig, check_start, load_start
+from kdtune.checkpoint.results import ModelWriter
+from kdtune.checkpoint.start import (
+    CheckpointerConfig,
+    StartCheckpointerConfig,
+    check_lora,
+    check_model,
+    check_start,
+    load_start,
+)
 from kdtune.checkpoint.state import Run, check_resume, latest, prepare_output_dir
 
 __all__ = [
     "CheckpointerConfig",
+    "ModelWriter",
     "Run",
     "StartCheckpointerConfig",
     "check_files",
+    "check_lora",
+    "check_model",
     "check_resume",
     "check_start",
     "latest",
+    "load_adapter",
     "load_model",
     "load_start",
     "prepare_output_dir",
+    "read_adapter",
     "read_companions",
     "read_config",
+    "save_adapter",
     "save_model",
     "select_layers",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdtune.checkpoint.adapters import read_adapter
 from kdtune.checkpoint.scaled import QUANTIZATION_KEYS, check_format, refusal, with_scales
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_fp8, read_header, read_into
 from kdtune.models import (
@@ -19,10 +21,12 @@ from kdtune.models import (
     ModelConfig,
     Quantization,
     from_hf_config,
+    merged,
     parameter_shapes,
     quantize_linear,
     quantized_shapes,
     stored_fp8,
+    trained_parameters,
 )
 from kdtune.tokenizers import ChatTemplate
 
@@ -154,6 +158,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    adapter_dir: str | Path | None = None,
     keep_layers: Sequence[int] | None = None,
     quantization: Quantization | None = None,
     random_weights: bool = False,
@@ -164,7 +169,9 @@ def load_model(
     Args:
         folder: a Hugging Face checkpoint; `config.json` is enough for `random_weights`.
         dtype: of the weights in memory, whatever the files have.
-        device: where each weight is put as soon as it is read. On `meta` nothing is read but `config.json`.
+        device: where each weight is put as soon as it is read. On `meta` nothing is read but `config.json`
+            and the adapter's header.
+        adapter_dir: an adapter of the folder's model, merged into each weight as it is read. None: none.
         quantization: of the linear layers' weights, each as soon as it is there; None: as they are.
         keep_layers: layers of the folder's model to keep, increasing; the first becomes layer 0. None: all.
         random_weights: draw the weights instead of reading them: normal with the config's `initializer_range`, norms
@@ -172,10 +179,14 @@ def load_model(
         seed: of `random_weights`; the same weights on any device, and no global random state is touched.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers` and `check_files`.
+        FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers`, `check_files` and
+            `read_adapter`.
     """
     hf_config = read_config(folder)
     whole = from_hf_config(hf_config)
+    adapter = read_adapter(adapter_dir, whole) if adapter_dir is not None else None
+    if adapter is not None:
+        hf_config = adapter.merged_config(hf_config)
     config = from_hf_config(select_layers(hf_config, keep_layers))
     is_meta = torch.device(device).type == "meta"
     stored = {} if random_weights or is_meta else check_files(folder, whole)
@@ -189,8 +200,11 @@ def load_model(
         if random_weights and not is_meta:
             _draw(name, weight, config.initializer_range, generator)
         elif not is_meta:
-            place = stored[_name_in_folder(name, keep_layers)]
-            if quantization == "fp8" and name in quantized and place.is_fp8:
+            original = _name_in_folder(name, keep_layers)
+            place = stored[original if original in stored else "model.embed_tokens.weight"]  # a head that was tied
+            if adapter is not None and adapter.changes(original):
+                adapter.read_merged(original, place, weight, buffer)
+            elif quantization == "fp8" and name in quantized and place.is_fp8:
                 weight = stored_fp8(*read_fp8(place, weight.device, buffer), dtype)
             else:
                 read_into(place, weight, buffer)
@@ -215,7 +229,7 @@ def save_model(
     """Write a folder that this module, transformers and everything compatible with it can open.
 
     Args:
-        model: what to write.
+        model: what to write; if it has adapters, they are merged.
         folder: new or empty; made if need be.
         config: the `config.json` that the model was built from (after `select_layers`); its dtype is replaced, and what
             it says of a quantisation left out.
@@ -234,29 +248,29 @@ def save_model(
     for name, content in (companions or {}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+    if broken := [name for name, parameter in trained_parameters(model).items() if not parameter.isfinite().all()]:
         raise FloatingPointError(
             f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before is "
             "untouched. Resume from there with a lower learning rate."
         )
-    dtype = dtype or next(iter(weights.values())).dtype
+    shapes = parameter_shapes(model.config)
+    dtype = dtype or model.head.weight.dtype
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     _write_json(folder / "config.json", {**config, dtype_key: str(dtype).removeprefix("torch.")})
 
-    shards = _split({name: weight.numel() * dtype.itemsize for name, weight in weights.items()}, max_shard_size)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _split(sizes, max_shard_size)
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file_name, shard in zip(names, shards, strict=True):
-        tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in shard}
+        tensors = {name: merged(model, name).to("cpu", dtype).contiguous() for name in shard}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
         shutil.copymode(folder / "config.json", folder / file_name)  # safetensors 0.8 lets nobody but the owner read
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
-        total_size = sum(weight.numel() * dtype.itemsize for weight in weights.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def read_companions(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from kdtune.checkpoint.adapters import SETTINGS, check_adapter, read_adapter
 from kdtune.checkpoint.huggingface import check_files, load_model, read_config, select_layers
 from kdtune.config import MISSING, setting
-from kdtune.models import Decoder, from_hf_config
+from kdtune.models import Decoder, LoraConfig, ModelConfig, check_quantization, from_hf_config, trained_shapes
 
 
 @dataclass
@@ -16,6 +17,13 @@ class CheckpointerConfig:
     """Where a model comes from."""
 
     checkpoint_dir: str = setting(MISSING, path=True)  # Hugging Face folder: config.json, *.safetensors, tokenizer
+    adapter_dir: str | None = setting(None, path=True)  # LoRA adapter (PEFT's format) to merge into it; null: none
+
+    @property
+    def tokenizer_dir(self) -> str:
+        """Where the tokenizer is: with the adapter if that has one, since it may have been trained with a template."""
+        has_own = self.adapter_dir is not None and (Path(self.adapter_dir) / "tokenizer_config.json").is_file()
+        return self.adapter_dir if self.adapter_dir is not None and has_own else self.checkpoint_dir
 
 
 @dataclass
@@ -25,24 +33,57 @@ class StartCheckpointerConfig(CheckpointerConfig):
     random_weights: bool = False  # start from fresh weights of the shape in config.json; other weights are not read
     keep_layers: list[int] | None = None  # start from these layers of it, in increasing order; null: all
 
+    @property
+    def is_in_a_folder(self) -> bool:
+        """Whether the model is that of `checkpoint_dir` as it is, so that an adapter of it can be used elsewhere."""
+        return self.keep_layers is None and self.adapter_dir is None
 
-def check_start(cfg: StartCheckpointerConfig, resume_from: Path | None) -> dict[str, Any]:
+
+def check_model(cfg: CheckpointerConfig) -> dict[str, Any]:
+    """The `config.json` of a model as it will be loaded, once everything it is loaded from is known to be there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_config`, `check_files` and `read_adapter`.
+    """
+    hf_config = read_config(cfg.checkpoint_dir)
+    config = from_hf_config(hf_config)
+    check_files(cfg.checkpoint_dir, config)
+    return hf_config if cfg.adapter_dir is None else read_adapter(cfg.adapter_dir, config).merged_config(hf_config)
+
+
+def check_start(
+    cfg: StartCheckpointerConfig, resume_from: Path | None, lora: LoraConfig | None = None
+) -> dict[str, Any]:
     """The `config.json` of the model that will be trained, once everything it starts from is known to be there.
 
     Args:
         cfg: where the first step starts.
         resume_from: a checkpoint of the run, from which it goes on instead.
+        lora: the adapter that is trained. None: all weights are.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_config`, `select_layers` and `check_files`; or the checkpoint is of
-            another architecture than `cfg`.
+        FileNotFoundError, ValueError: as `read_config`, `select_layers`, `check_files`, `read_adapter` and
+            `check_adapter`; or the checkpoint is of another model than `cfg`.
     """
+    if cfg.random_weights and cfg.adapter_dir is not None:
+        raise ValueError(
+            "checkpointer.adapter_dir is a change of trained weights, and checkpointer.random_weights=true reads none. "
+            "Leave one of them out."
+        )
     hf_config = read_config(cfg.checkpoint_dir)
     whole = from_hf_config(hf_config)
+    if cfg.adapter_dir is not None:
+        hf_config = read_adapter(cfg.adapter_dir, whole).merged_config(hf_config)
     config = select_layers(hf_config, cfg.keep_layers)
-    if resume_from is None and not cfg.random_weights:
+    if not cfg.random_weights and (resume_from is None or lora is not None):
         check_files(cfg.checkpoint_dir, whole)
-    if resume_from is not None:
+    if lora is not None:
+        for folder in (lora.start_from, resume_from):
+            if folder is not None:
+                check_adapter(folder, from_hf_config(config), lora)
+    elif resume_from is not None:
+        if (resume_from / SETTINGS).is_file():
+            raise ValueError(f"{resume_from} holds an adapter, since the run began with lora. Restore these settings.")
         saved = from_hf_config(read_config(resume_from))
         check_files(resume_from, saved)
         if saved != from_hf_config(config):
@@ -54,8 +95,65 @@ def check_start(cfg: StartCheckpointerConfig, resume_from: Path | None) -> dict[
     return config
 
 
+def check_lora(
+    lora: LoraConfig,
+    start: StartCheckpointerConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    merged_dtype: str | None,
+) -> None:
+    """Refuse settings of an adapter that exclude each other or others.
+
+    Args:
+        lora: the adapter that is trained.
+        start: where its model comes from.
+        config: the model's architecture.
+        dtype: of the model's weights.
+        device: where they are.
+        merged_dtype: `save_dtype`, which is that of a whole model.
+
+    Raises:
+        ValueError: as `trained_shapes` and `check_quantization`; or says which settings, and what to leave out.
+    """
+    if start.random_weights:
+        raise ValueError(
+            "lora trains a small change of weights that stay as they are, and checkpointer.random_weights=true makes "
+            "them random. Leave one of them out."
+        )
+    if not start.is_in_a_folder and not lora.save_merged:
+        setting = "keep_layers" if start.keep_layers is not None else "adapter_dir"
+        raise ValueError(
+            f"checkpointer.{setting} makes a model that is in no folder, so nobody could use an adapter of it. Give "
+            "lora.save_merged=true, which writes the whole model instead."
+        )
+    if not start.is_in_a_folder and lora.start_from is not None:
+        raise ValueError(
+            f"lora.start_from={lora.start_from} is the adapter of a model in a folder, and checkpointer.keep_layers or "
+            "checkpointer.adapter_dir makes another model. Leave one of them out."
+        )
+    if merged_dtype is not None and not lora.save_merged:
+        raise ValueError(
+            f"save_dtype={merged_dtype} is about a whole model, and with lora only the adapter is written, in float32. "
+            "Leave it out, or write the model as well: lora.save_merged=true."
+        )
+    trained_shapes(config, lora)
+    if lora.base_quantization is not None:
+        setting = "lora.base_quantization"
+        check_quantization(
+            lora.base_quantization, config, dtype=dtype, device=device, setting=setting, needs_gradient=True
+        )
+
+
 def load_start(
-    cfg: StartCheckpointerConfig, resume_from: Path | None, *, dtype: torch.dtype, device: torch.device, seed: int
+    cfg: StartCheckpointerConfig,
+    resume_from: Path | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    lora: LoraConfig | None = None,
 ) -> Decoder:
     """The model to train: from `cfg`, or from a checkpoint of its own run.
 
@@ -65,14 +163,18 @@ def load_start(
         dtype: of the weights in memory.
         device: where they are put.
         seed: of `random_weights`.
+        lora: the adapter that will be trained. With one, the model is that of `cfg`, which no step changes, quantised
+            if `lora` says so.
     """
-    if resume_from is not None:
+    if resume_from is not None and lora is None:
         return load_model(resume_from, dtype=dtype, device=device)
     return load_model(
         cfg.checkpoint_dir,
         dtype=dtype,
         device=device,
+        adapter_dir=cfg.adapter_dir,
         keep_layers=cfg.keep_layers,
+        quantization=None if lora is None else lora.base_quantization,
         random_weights=cfg.random_weights,
         seed=seed,
     )

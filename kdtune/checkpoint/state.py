@@ -2,8 +2,9 @@
 
     output_dir/
         config.yaml, recipe.py, versions.json, metrics.jsonl
-        checkpoints/step_00000120/    a Hugging Face folder, plus training_state.pt
+        checkpoints/step_00000120/    a Hugging Face folder or an adapter, plus training_state.pt
         model/                        the finished student: a Hugging Face folder and nothing else
+        adapter/                      with lora, its adapter in PEFT's format
 
 A folder is written aside under a name that starts with a dot, flushed to the disk and then renamed: whatever carries
 its final name is complete.
@@ -34,19 +35,22 @@ class Stateful(Protocol):
 
 STATE_FILE = "training_state.pt"
 _MARK = "versions.json"  # written first, so that a folder without it holds no run
-_RESULTS = ("checkpoints", "model", "tensorboard", "metrics.jsonl")
+_FINISHED = ("model", "adapter")
+_RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "metrics.jsonl")
 _WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
 _FOLDER = re.compile(r"step_(\d+)")
 
 
-def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sources: Sequence[str]) -> Path | None:
+def prepare_output_dir(
+    output_dir: Path, *, resume: bool, overwrite: bool, sources: Sequence[str | None]
+) -> Path | None:
     """Decide what happens to an `output_dir` that already holds a run; nothing is touched yet.
 
     Args:
         output_dir: folder of the run; need not exist.
         resume: continue from its newest checkpoint, or start if there is none yet.
         overwrite: without `resume`, an earlier run there may be deleted.
-        sources: checkpoint folders that this run reads.
+        sources: folders that this run reads, as far as there are any.
 
     Returns:
         The newest complete checkpoint if the run is to be resumed and has one, else None.
@@ -66,14 +70,16 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool, sourc
             f"output_dir {output_dir} holds {', '.join(held)}, and no run of kdtune wrote that (there is no {_MARK}). "
             "It would be replaced: choose another output_dir."
         )
-    if resume and ((newest := latest(output_dir)) or not (output_dir / "model").exists()):
+    finished = [output_dir / name for name in _FINISHED if name in held]
+    if resume and ((newest := latest(output_dir)) or not finished):
         return newest
     if resume:
+        setting = "checkpointer.checkpoint_dir" if finished[0].name == "model" else "lora.start_from"
         raise FileExistsError(
             f"output_dir {output_dir} holds a finished model and no checkpoint to resume from. To train that model "
-            f"further, start a new run with checkpointer.checkpoint_dir={output_dir / 'model'} and another output_dir."
+            f"further, start a new run with {setting}={finished[0]} and another output_dir."
         )
-    for source in sources:
+    for source in filter(None, sources):
         if any(output_dir.resolve() / name in (p := Path(source).resolve(), *p.parents) for name in _WRITTEN):
             raise ValueError(
                 f"{source} is part of the run in output_dir {output_dir}, and this run would replace it while it "
@@ -125,7 +131,7 @@ class Run:
         Args:
             output_dir: folder of the run.
             resume_from: what `prepare_output_dir` returned.
-            write_model: writes the model as a Hugging Face folder into the path that it is given.
+            write_model: writes what is trained into the path that it is given: a Hugging Face folder, or an adapter.
             parts: whatever has to continue with its state, such as the optimizer.
 
         Raises:
@@ -163,12 +169,13 @@ class Run:
     def _folder(self) -> Path:
         return self.output_dir / "checkpoints" / f"step_{self.step:08d}"
 
-    def finish(self, write_model: Callable[[Path], None]) -> Path:
-        """Write `model/`, the result of the run; a checkpoint from an interruption must not stay older than it."""
+    def finish(self, write: Callable[[Path], None], name: str = "model") -> Path:
+        """Write a result, `model` or `adapter`; a checkpoint from an interruption must not stay older than it."""
+        assert name in _FINISHED
         newest = latest(self.output_dir)
         if newest is not None and newest != self._folder():
             self.save()
-        return write_aside(self.output_dir / "model", write_model)
+        return write_aside(self.output_dir / name, write)
 
     def record(self, config_yaml: str, recipe: Path) -> None:
         """Leave what reproduces the run beside the versions: the resolved settings and the recipe's source."""

@@ -5,6 +5,7 @@ from kdtune.models.checkpointing import CheckpointingMode, check_checkpointing
 from kdtune.models.config import ModelConfig, RopeConfig
 from kdtune.models.decoder import Decoder, enable_activation_checkpointing, num_parameters, parameter_shapes
 from kdtune.models.families import from_hf_config
+from kdtune.models.lora import LoraConfig, add_lora, merge, merged, trained_parameters, trained_shapes
 from kdtune.models.quantization import (
     Quantization,
     QuantizedLinear,
@@ -22,15 +23,19 @@ __all__ = [
     "CheckpointingMode",
     "Decoder",
     "KVCache",
+    "LoraConfig",
     "ModelConfig",
     "Quantization",
     "QuantizedLinear",
     "RopeConfig",
+    "add_lora",
     "check_checkpointing",
     "check_quantization",
     "dequantize",
     "enable_activation_checkpointing",
     "from_hf_config",
+    "merge",
+    "merged",
     "num_bytes",
     "num_parameters",
     "parameter_shapes",
@@ -39,4 +44,6 @@ __all__ = [
     "quantized_shapes",
     "stored_fp8",
     "stream_layers",
+    "trained_parameters",
+    "trained_shapes",
 ]

@@ -37,16 +37,24 @@ class Settings:
     tokenizer_class: str | None = None
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path, model_dir: Path | None = None) -> Settings:
     """Reads tokenizer_config.json and its companions; each of them may be missing.
+
+    Args:
+        folder: of the tokenizer.
+        model_dir: where config.json and generation_config.json are read if `folder` has none.
 
     Raises:
         ValueError: a file is not valid json, or not an object.
     """
     config = read_json(folder / "tokenizer_config.json")
     special_map = read_json(folder / "special_tokens_map.json")
-    model = read_json(folder / "config.json")
-    generation = read_json(folder / "generation_config.json") or model
+    places = [folder] if model_dir is None else [folder, model_dir]
+    model, generation = (
+        next(filter(None, (read_json(place / name) for place in places)), {})
+        for name in ("config.json", "generation_config.json")
+    )
+    generation = generation or model
     added = {int(id): _added_token(token) for id, token in (config.get("added_tokens_decoder") or {}).items()}
     for content, id in read_json(folder / "added_tokens.json").items():
         added.setdefault(int(id), AddedToken(content, special=False))

@@ -265,10 +265,14 @@ class Tokenizer:
         return self._pieces[id]
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, model_dir: str | Path | None = None) -> Tokenizer:
     """Loads the tokenizer of a checkpoint folder, or a tokenizer file (the settings are read from beside it).
 
     Of several files in a folder the first of tokenizer.json, tokenizer.model, vocab.json with merges.txt is taken.
+
+    Args:
+        path: the folder or the file.
+        model_dir: the model's folder if it is another one, for what only that knows: the ids that end a text.
 
     Raises:
         FileNotFoundError: nothing there that could be a tokenizer.
@@ -281,7 +285,7 @@ def load(path: str | Path) -> Tokenizer:
             f"first: kdtune download {path} --output-dir <folder>"
         )
     folder = path if path.is_dir() else path.parent
-    settings = read_settings(folder)
+    settings = read_settings(folder, None if model_dir is None else Path(model_dir))
     backend: JsonBackend | SentencePieceBackend | TiktokenBackend
     if path.is_file():
         is_json = path.suffix == ".json" and path.name != "vocab.json"

@@ -1,0 +1,339 @@
+"""Adapters in and out, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
+from kdtune.models import (
+    Decoder,
+    LoraConfig,
+    ModelConfig,
+    from_hf_config,
+    merge,
+    parameter_shapes,
+    trained_parameters,
+    trained_shapes,
+)
+from kdtune.models.lora import EMBEDDING, HEAD
+
+SETTINGS = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# PEFT has these matrices the other way round, and calls them by the other letter.
+_TRANSPOSED = {
+    f"{EMBEDDING}.lora_A.weight": f"{EMBEDDING}.lora_embedding_B",
+    f"{EMBEDDING}.lora_B.weight": f"{EMBEDDING}.lora_embedding_A",
+}
+# Settings that are read here, say what the tensors say, or matter in training alone. Others, if they are set, are about
+# something else than the adapters that there are here.
+_KNOWN = {
+    *("peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"),
+    *("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    *("ensure_weight_tying", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "runtime_config", "megatron_core", "qalora_group_size", "base_model_name_or_path", "revision"),
+    *("task_type", "inference_mode", "auto_mapping", "peft_version"),
+}
+# With others (PiSSA, OLoRA, CorDA, LoftQ) the base weights are changed as well.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in a folder, and where its tensors are: by the names that `add_lora` gives them."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # adapter_config.json
+    stored: Mapping[str, StoredTensor]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.stored[name].shape
+        return shape[::-1] if name in _TRANSPOSED else shape
+
+    def read(self, name: str, like: Tensor, buffer: Tensor) -> Tensor:
+        """A tensor in the dtype and on the device of `like`; `buffer` as for `read_into`."""
+        tensor = torch.empty(self.stored[name].shape, dtype=like.dtype, device=like.device)
+        read_into(self.stored[name], tensor, buffer)
+        return tensor.T if name in _TRANSPOSED else tensor
+
+    def changes(self, name: str) -> bool:
+        """Whether a parameter of the model is another one with the adapter."""
+        return name in self.stored or f"{name.removesuffix('.weight')}.lora_A.weight" in self.stored
+
+    def read_merged(self, name: str, base: StoredTensor, target: Tensor, buffer: Tensor) -> None:
+        """Fill `target` with a parameter that it changes, merged in float32 and rounded once.
+
+        Beside it, one weight in float32 is held.
+
+        Args:
+            name: of the parameter.
+            base: where the weight without the adapter is stored.
+            target: contiguous, of the weight's shape.
+            buffer: as for `read_into`.
+        """
+        if name in self.stored:
+            return read_into(self.stored[name], target, buffer)
+        module = name.removesuffix(".weight")
+        weight = target.to(torch.promote_types(target.dtype, torch.float32))
+        read_into(base, weight, buffer)
+        a, b = (self.read(f"{module}.{part}.weight", weight, buffer) for part in ("lora_A", "lora_B"))
+        length = f"{module}.lora_magnitude_vector"
+        magnitude = self.read(length, weight, buffer) if length in self.stored else None
+        merge(weight, a, b, self._scale(module), magnitude, dim=0 if module == EMBEDDING else 1)
+        target.copy_(weight)
+
+    def unties(self, config: ModelConfig) -> bool:
+        """Whether a model with one weight for embedding and head has two of them with this adapter."""
+        touched = any(_module(name) in (EMBEDDING, HEAD) for name in self.stored)
+        return config.tie_embeddings and touched and not self.settings.get("ensure_weight_tying")
+
+    def merged_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The `config.json` of the model that the merged weights make."""
+        untied = self.unties(from_hf_config(hf_config))
+        return {**hf_config, "tie_word_embeddings": False} if untied else {**hf_config}
+
+    def _scale(self, module: str) -> float:
+        rank = self.shape(f"{module}.lora_A.weight")[0]
+        patterns = self.settings.get("alpha_pattern") or {}
+        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        alpha = next(matching, self.settings["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+
+def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
+    """The adapter in a folder, once it is known to fit a model. Reads headers alone.
+
+    Args:
+        folder: written by kdtune or PEFT.
+        config: architecture of the model that it is for.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is of another kind or for another model, or damaged.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    stored = {}
+    names = {key: name for name, key in _TRANSPOSED.items()}
+    for key, place in read_header(folder / WEIGHTS).items():
+        name = key.removeprefix(_PREFIX)
+        name = names.get(name, name).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        if not name.endswith(".base_layer.weight"):  # PEFT's copy of a frozen embedding
+            stored[name] = place
+    adapter = Adapter(folder, settings, stored)
+
+    shapes = {**parameter_shapes(config)}
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in stored:
+        weight = f"{_module(name)}.weight" if ".lora_" in name else name
+        if weight not in shapes:
+            raise ValueError(_other_model(folder, f"it has {name}, for which there is no place"))
+        expected |= _parts(adapter, _module(name), shapes[weight]) if ".lora_" in name else {name: shapes[weight]}
+    if different := sorted(expected.keys() ^ stored.keys()):
+        raise ValueError(f"{folder}: {_some(different)} should be there and is not, or the reverse. Copy it again.")
+    for name, place in stored.items():
+        if adapter.shape(name) != expected[name]:
+            shapes_said = f"{list(adapter.shape(name))}, and should have {list(expected[name])}"
+            raise ValueError(_other_model(folder, f"{name} has shape {shapes_said}"))
+        if place.dtype not in DTYPES:
+            raise ValueError(f"{folder}: {name} is stored as {place.dtype}; kdtune reads {', '.join(DTYPES)}.")
+    return adapter
+
+
+def check_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig) -> None:
+    """Prove that training can go on with an adapter.
+
+    Args:
+        folder: the adapter's.
+        config: architecture of the model without it.
+        lora: the adapter that is going to be trained.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is of another kind or for another model, or is not the one that `lora` describes.
+    """
+    adapter = read_adapter(folder, config)
+    written = _settings(lora)
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        setting = {"r": "rank", "lora_alpha": "alpha"}.get(key, key)
+        found = adapter.settings.get(key, False)
+        if found != written[key]:
+            raise ValueError(
+                f"lora.{setting}={json.dumps(written[key])}, but the adapter in {folder} has {json.dumps(found)}. It "
+                f"is trained further as it is: give lora.{setting}={json.dumps(found)}."
+            )
+    if adapter.unties(config) or adapter.settings.get("alpha_pattern"):
+        what = "a head apart from its embedding" if adapter.unties(config) else "layers of another alpha"
+        raise ValueError(
+            f"{folder} has {what}, which cannot be trained further here. Merge it with checkpointer.adapter_dir, and "
+            "train a new one."
+        )
+    shapes = {twin: shape for name, shape in trained_shapes(config, lora).items() for twin in _twins(name, config)}
+    if different := sorted(shapes.keys() ^ adapter.stored.keys()):
+        raise ValueError(
+            f"{folder} is not the adapter that lora.target_modules={lora.target_modules} and lora.modules_to_save="
+            f"{lora.modules_to_save} describe: only one of the two has {_some(different)}. Give the settings that it "
+            "was trained with."
+        )
+    for name, shape in shapes.items():
+        if adapter.shape(name) != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {list(adapter.shape(name))}, and with lora.rank={lora.rank} it would be "
+                f"{list(shape)}. Adapters of several ranks cannot be trained further here."
+            )
+
+
+def load_adapter(model: Decoder, folder: str | Path | None) -> None:
+    """Fill what `add_lora` added to a model, as `check_adapter` has proved to be possible; None: it stays new."""
+    if folder is None or model.head.weight.is_meta:
+        return
+    adapter = read_adapter(folder, model.config)
+    buffer = torch.empty(PIECE, dtype=torch.uint8)
+    for name, parameter in trained_parameters(model).items():
+        parameter.data.copy_(adapter.read(name, parameter.data, buffer))
+
+
+def save_adapter(
+    model: Decoder, folder: Path, cfg: LoraConfig, *, base: str, companions: Mapping[str, bytes] | None = None
+) -> None:
+    """Write what `add_lora` added to a model.
+
+    Args:
+        model: with it.
+        folder: new or empty; made if need be.
+        cfg: what `add_lora` was given.
+        base: folder of the model without it.
+        companions: other files for the folder, by name, as from `read_companions`.
+
+    Raises:
+        FloatingPointError: a number is not finite. Nothing could be done with such an adapter.
+    """
+    from safetensors.torch import save_file
+
+    trained = trained_parameters(model)
+    if broken := [name for name, parameter in trained.items() if not parameter.isfinite().all()]:
+        raise FloatingPointError(
+            f"{_some(broken)} hold numbers that are not finite, so the adapter is not written; what was saved before "
+            "is untouched. Resume from there with a lower learning rate."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (companions or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    tensors = {}
+    for name, parameter in trained.items():
+        for twin in _twins(name, model.config):
+            tensor = parameter.detach().T if twin in _TRANSPOSED else parameter.detach()
+            tensors[_PREFIX + _TRANSPOSED.get(twin, twin)] = tensor.to("cpu", copy=True).contiguous()
+    adapted = {_module(twin) for name in trained if ".lora_" in name for twin in _twins(name, model.config)}
+    whole = {_module(twin) for name in trained if ".lora_" not in name for twin in _twins(name, model.config)}
+    settings = {
+        **_settings(cfg),
+        "base_model_name_or_path": str(Path(base).absolute()),
+        "target_modules": _ends(adapted, model),
+        "modules_to_save": sorted(whole) or None,
+        "ensure_weight_tying": model.config.tie_embeddings and EMBEDDING in adapted | whole,
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors 0.8 lets nobody but the owner read
+
+
+def _settings(cfg: LoraConfig) -> dict[str, Any]:
+    """What PEFT calls the settings, without those that the model decides about."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": cfg.rank,
+        "lora_alpha": int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha,  # as others write it
+        "lora_dropout": cfg.dropout,
+        "use_rslora": cfg.use_rslora,
+        "use_dora": cfg.use_dora,
+        "bias": "none",
+    }
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    if not path.is_file():
+        hint = ""
+        if (folder / "config.json").is_file():
+            hint = " It has a whole model: give it as checkpoint_dir."
+        raise FileNotFoundError(f"{folder} has no {SETTINGS}, so there is no adapter.{hint}")
+    if not (folder / WEIGHTS).is_file():
+        hint = ""
+        if (folder / "adapter_model.bin").is_file():
+            hint = (
+                " Its weights are in adapter_model.bin, an older format which can run code when it is opened. Convert "
+                "it once with PEFT: PeftModel.from_pretrained(model, folder).save_pretrained(new_folder)."
+            )
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}, so there are no weights to load.{hint}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(settings, dict)
+    except (ValueError, AssertionError):
+        raise ValueError(f"{path} is not a JSON object. Copy it again.") from None
+    unusual = {key: value for key, value in settings.items() if value and key not in _KNOWN}
+    for key, usual in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", _INITS)):
+        if settings.get(key, usual[0]) not in usual:
+            unusual[key] = settings[key]
+    if unusual:
+        said = ", ".join(f"{key}={json.dumps(value)}" for key, value in unusual.items())
+        raise ValueError(
+            f"{path} says {said}, and kdtune has LoRA, rsLoRA and DoRA as they are. Without that the model would be "
+            "another. Merge it with PEFT (merge_and_unload) and use the merged folder."
+        )
+    if missing := [key for key in ("r", "lora_alpha") if key not in settings]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, without which the adapter's scale is unknown.")
+    return settings
+
+
+def _module(name: str) -> str:
+    """The module that a parameter of an adapter belongs to."""
+    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+
+
+def _parts(adapter: Adapter, module: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all that the adapter of one module has, beside a weight [o, i]."""
+    down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    rank = adapter.shape(down)[0] if down in adapter.stored else 0
+    parts: dict[str, tuple[int, ...]] = {down: (rank, weight[1]), up: (weight[0], rank)}
+    if adapter.settings.get("use_dora"):
+        parts[f"{module}.lora_magnitude_vector"] = (weight[1] if module == EMBEDDING else weight[0],)
+    return parts
+
+
+def _twins(name: str, config: ModelConfig) -> list[str]:
+    """A parameter's names: those of a tied embedding are written for the head as well, as PEFT's models want them."""
+    is_tied = config.tie_embeddings and _module(name) == EMBEDDING
+    return [name, HEAD + name.removeprefix(EMBEDDING)] if is_tied else [name]
+
+
+def _ends(modules: Iterable[str], model: Decoder) -> list[str]:
+    """The ends of modules' names if they mean these and no others, else the names."""
+    modules = set(modules)
+    ends = {name.rpartition(".")[2] for name in modules}
+    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if same == modules else modules)
+
+
+def _other_model(folder: Path, why: str) -> str:
+    return f"{folder} is the adapter of another model: {why}. Use it with the model that it was trained on."
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
