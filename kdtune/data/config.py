@@ -45,7 +45,7 @@ class DatasetConfig(SourceConfig):
 
     sources: dict[str, WeightedSourceConfig] = setting({})  # several sources by names of one's own, instead of source
     packed: bool = False  # several documents in a row of tokenizer.max_seq_len, none of which sees another
-    group_by_length: bool | None = None  # rows of similar length in a step, which saves padding; null: if not packed
+    group_by_length: bool | None = None  # rows of similar length in a step: less padding; null: if not packed, no blend
     # tokenise rows as training asks for them, for max_steps steps; false, as dataset_val needs it: all before the run
     streaming: bool = False
     # streaming: examples among which the next one is chosen at random; null: 10,000

@@ -54,7 +54,7 @@ class Loader:
             shuffle: a new order for each epoch; False: as read.
             seed: >= 0.
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
-            group_by_length: steps of rows of similar length, in random order; None: if shuffled and not packed.
+            group_by_length: steps of rows of similar length, in random order; None: if shuffled, not packed and no blend.
             rank: which of the processes that share each step this is; every row goes to one of them.
             num_ranks: how many they are.
 
@@ -72,7 +72,9 @@ class Loader:
             is_blend=isinstance(examples, Blend),
         )
         self.examples = examples
-        self._group_by_length = shuffle and not packed if group_by_length is None else group_by_length
+        if group_by_length is None:  # steps of similar rows of a blend could be of one source
+            group_by_length = shuffle and not packed and not isinstance(examples, Blend)
+        self._group_by_length = group_by_length
         self._batch_size = batch_size
         self._step_size = batch_size * gradient_accumulation_steps * num_ranks  # rows of a step, of all ranks
         self._max_steps_per_epoch = max_steps_per_epoch or sys.maxsize

@@ -88,7 +88,7 @@ def test_reads_as_its_sources() -> None:
     assert changed.fingerprint != blend.fingerprint == make_blend({"a": 7, "b": 5}).fingerprint
 
 
-@pytest.mark.parametrize(("how", "bound"), [({"packed": True}, 48), ({}, 48), ({"group_by_length": False}, 2)], ids=str)
+@pytest.mark.parametrize(("how", "bound"), [({"packed": True}, 48), ({}, 2), ({"group_by_length": True}, 48)], ids=str)
 def test_the_loader_counts_epochs_of_each_source(how: dict[str, bool], bound: int) -> None:
     blend = make_blend({"a": 8, "b": 40}, {"a": 0.5, "b": 0.5})
     loader = data.Loader(blend, batch_size=3, **how)
