@@ -54,7 +54,7 @@ class Loader:
             shuffle: a new order for each epoch; False: as read.
             seed: >= 0.
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
-            group_by_length: steps of rows of similar length, in random order; None: if shuffled, not packed and no blend.
+            group_by_length: steps of rows of similar length, in random order; None: if shuffled, not packed, no blend.
             rank: which of the processes that share each step this is; every row goes to one of them.
             num_ranks: how many they are.
 
