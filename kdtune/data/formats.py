@@ -188,7 +188,7 @@ def _encode_pair(prompt: str, answer: str, train_on_input: bool, tokenizer: Toke
         return []
     # The prompt is encoded by itself, as it will be when the model is asked: no token reaches into the answer.
     prompt_ids = tokenizer.encode(prompt)
-    answer_ids = [*tokenizer.encode(answer, continues=bool(prompt)), eos_id]
+    answer_ids = [*tokenizer.encode(answer, bos=False, continues=bool(prompt)), eos_id]
     return [(prompt_ids + answer_ids, [train_on_input] * len(prompt_ids) + [True] * len(answer_ids))]
 
 

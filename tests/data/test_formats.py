@@ -81,6 +81,14 @@ def test_completion_labels(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> N
     assert (examples.num_tokens, examples.num_labels) == (len(tokens), len(answer))
 
 
+def test_an_answer_without_a_prompt_begins_once(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    examples = load(tmp_path, [{"prompt": "", "completion": "It's 42"}], tokenizer, format="completion")
+    tokens, labels = examples[0]
+    expected = [*tokenizer.encode("It's 42"), tokenizer.eos_id]
+    assert tokens.tolist() == expected[:-1]
+    assert labels.tolist() == expected[1:]
+
+
 def test_completion_with_labelled_input(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": "What?", "completion": " Yes"}]
     tokens, labels = load(tmp_path, rows, tokenizer, format="completion", train_on_input=True)[0]
