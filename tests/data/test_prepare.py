@@ -413,7 +413,7 @@ def test_the_second_time_rows_come_from_the_cache(
     plain = load(source, tokenizer, **settings)
     settings["cache_dir"] = str(tmp_path / "cache")
     assert_same(load(source, tokenizer, **settings), plain)
-    monkeypatch.setattr("kdtune.data.rows._read_lines", None)
+    monkeypatch.setattr("kdtune.data.files._read_lines", None)
     again = load(source, tokenizer, **settings)
     assert_same(again, plain)
     assert contents(again) == contents(plain)

@@ -227,7 +227,7 @@ def test_sizes(tmp_path: Path) -> None:
 
 
 def test_separators_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_BLOCK_SIZE", 5)
+    monkeypatch.setattr("kdtune.data.files._BLOCK_SIZE", 5)
     documents = ["a" * n for n in range(1, 12)]
     path = write(tmp_path / "a.txt", "<end>".join(documents))
     assert [row["text"] for row in columns_of(path, separator="<end>")] == documents
