@@ -59,7 +59,8 @@ def find(path: Path, split: str | None, section: str) -> list[Path]:
 
     named = {file: next((name for name in _SPLIT_NAMES if _is_of(file, path, name)), None) for file in files}
     if split is None:
-        if len(set(named.values()) - {None}) <= 1:
+        names = set(named.values())
+        if len(names) == 1 or names == {None, "train"}:
             return files
         split = "train"
     chosen = [file for file in files if _is_of(file, path, split)]

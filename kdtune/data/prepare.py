@@ -153,10 +153,15 @@ class Source:
             streaming=streaming,
             section=name,
         )
-        is_array = any(file.suffix.lower() in (".npy", ".bin") for file in self.rows.files[:1])
-        if cfg.document_end_id is not None and not is_array:
+        # The rows of an array of two dimensions are as many as it says, those of one as many as are found in it.
+        is_flat = any(
+            shard.size is None and shard.files[0].suffix.lower() in (".npy", ".bin")
+            for shard in self.rows.shards
+            if shard.files
+        )
+        if cfg.document_end_id is not None and not is_flat:
             raise ValueError(
-                f"{name}.document_end_id={cfg.document_end_id} cuts .npy and .bin files into documents, and "
+                f"{name}.document_end_id={cfg.document_end_id} cuts arrays of one dimension into documents, and "
                 f"{cfg.source} has documents already. Leave it out."
             )
 

@@ -132,6 +132,14 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
     assert columns_of(tmp_path) == columns_of(tmp_path, split="train") == ROWS
 
 
+def test_a_test_split_beside_other_files_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("math", "test"):
+        write(tmp_path / f"{name}.jsonl", lines([{"a": name}]))
+    with pytest.raises(ValueError, match=r"dataset\.split=train: .* has no file of that split; there are: math\.jsonl"):
+        rows.read(str(tmp_path))
+    assert columns_of(tmp_path, split="test") == [{"a": "test"}]
+
+
 def test_places(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "\n" + lines(ROWS))
     assert next(iter(rows.read(str(path)))).place == f"line 2 of {path}"

@@ -136,6 +136,8 @@ def test_arrays(dtype: Any, tokenizer: tokenizers.Tokenizer, tmp_path: Path, mon
 def test_a_row_for_each_document(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(12).reshape(3, 4))
     assert documents(load(tmp_path / "a.npy", tokenizer)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(ValueError, match=r"document_end_id=3 cuts .* has documents already"):
+        load(tmp_path / "a.npy", tokenizer, document_end_id=3)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint16])
