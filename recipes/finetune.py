@@ -46,6 +46,7 @@ class Config:
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the model
     lora: models.LoraConfig | None = None  # train an adapter instead of the weights; null: the weights
+    qat: models.QATConfig | None = None  # round weights in training, for a model of few bits; null: not
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # of the model
     ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
@@ -90,7 +91,7 @@ def main(cfg: Config) -> None:
 
     model, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
-    writer = checkpoint.ModelWriter(model, cfg.checkpointer, cfg.lora, inputs.model_config, inputs.companions)
+    writer = checkpoint.ModelWriter(model, cfg.checkpointer, cfg.lora, cfg.qat, inputs.model_config, inputs.companions)
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
@@ -168,6 +169,8 @@ def build(cfg: Config, device: torch.device, resume_from: Path | None = None) ->
     if cfg.lora is not None:
         models.add_lora(model, cfg.lora, seed=cfg.seed)
         checkpoint.load_adapter(model, resume_from or cfg.lora.start_from)
+    if cfg.qat is not None:
+        models.prepare_qat(model, cfg.qat)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
@@ -253,6 +256,9 @@ def check(cfg: Config) -> Inputs:
     model = models.from_hf_config(model_config)
     if cfg.lora is not None:
         checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, run_device, merged_dtype=cfg.save_dtype)
+    if cfg.qat is not None:
+        has_adapter = cfg.lora is not None
+        models.check_qat(cfg.qat, model, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
@@ -287,6 +293,8 @@ def check(cfg: Config) -> Inputs:
     print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
     if cfg.lora is not None:
         print(f"lora      {preflight.describe_lora(cfg.lora, model)}")
+    if cfg.qat is not None:
+        print(f"qat       {cfg.qat}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")

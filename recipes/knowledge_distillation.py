@@ -61,6 +61,7 @@ class Config:
     teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
     teacher: TeacherConfig = setting(TeacherConfig)  # how the teacher is held
     lora: models.LoraConfig | None = None  # train an adapter of the student instead of its weights; null: the weights
+    qat: models.QATConfig | None = None  # round weights in training, for a model of few bits; null: not
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # shared by both models
     dataset: data.DatasetConfig = setting(data.DatasetConfig)  # rows to train on
     dataset_val: data.DatasetConfig | None = None  # rows to validate on; null: no validation
@@ -105,7 +106,9 @@ def main(cfg: Config) -> None:
     full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
     student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
-    writer = checkpoint.ModelWriter(student, cfg.checkpointer, cfg.lora, inputs.student_config, inputs.companions)
+    writer = checkpoint.ModelWriter(
+        student, cfg.checkpointer, cfg.lora, cfg.qat, inputs.student_config, inputs.companions
+    )
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
@@ -195,6 +198,8 @@ def build(
     if cfg.lora is not None:
         models.add_lora(student, cfg.lora, seed=cfg.seed)
         checkpoint.load_adapter(student, resume_from or cfg.lora.start_from)
+    if cfg.qat is not None:
+        models.prepare_qat(student, cfg.qat)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
@@ -309,6 +314,9 @@ def check(cfg: Config) -> Inputs:
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
     if cfg.lora is not None:
         checkpoint.check_lora(cfg.lora, cfg.checkpointer, student, dtype, run_device, merged_dtype=cfg.save_dtype)
+    if cfg.qat is not None:
+        has_adapter = cfg.lora is not None
+        models.check_qat(cfg.qat, student, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
     teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=teacher_device)
 
@@ -347,6 +355,8 @@ def check(cfg: Config) -> Inputs:
     print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
     if cfg.lora is not None:
         print(f"lora      {preflight.describe_lora(cfg.lora, student)}")
+    if cfg.qat is not None:
+        print(f"qat       {cfg.qat}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"

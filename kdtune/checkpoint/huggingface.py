@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.checkpoint.adapters import read_adapter
-from kdtune.checkpoint.scaled import QUANTIZATION_KEYS, check_format, refusal, with_scales
+from kdtune.checkpoint.scaled import (
+    QUANTIZATION_KEYS,
+    check_format,
+    compressed_config,
+    compressed_parts,
+    refusal,
+    with_scales,
+)
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_fp8, read_header, read_into
 from kdtune.models import (
     Decoder,
     ModelConfig,
+    QATConfig,
     Quantization,
     from_hf_config,
     merged,
@@ -121,8 +129,8 @@ def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTens
     stored: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         stored |= read_header(file)
-    stored = with_scales(folder, stored, blocks)
     shapes = parameter_shapes(config)
+    stored = with_scales(folder, stored, shapes, blocks)
     ignored = {name for name in stored if _IGNORED.search(name)}
     if config.tie_embeddings:
         ignored.add("lm_head.weight")  # some exporters write the tied head too
@@ -224,6 +232,7 @@ def save_model(
     config: Mapping[str, Any],
     companions: Mapping[str, bytes] | None = None,
     dtype: torch.dtype | None = None,
+    qat: QATConfig | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a folder that this module, transformers and everything compatible with it can open.
@@ -235,6 +244,7 @@ def save_model(
             it says of a quantisation left out.
         companions: other files of the folder, by name, as from `read_companions`.
         dtype: of the written weights. None: as they are in memory.
+        qat: write the integers that training rounds weights to, in the format compressed-tensors. None: the weights.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
 
     Raises:
@@ -254,23 +264,35 @@ def save_model(
             "untouched. Resume from there with a lower learning rate."
         )
     shapes = parameter_shapes(model.config)
+    quantized = {} if qat is None else quantized_shapes(model.config)
     dtype = dtype or model.head.weight.dtype
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    _write_json(folder / "config.json", {**config, dtype_key: str(dtype).removeprefix("torch.")})
+    config[dtype_key] = str(dtype).removeprefix("torch.")
+    if qat is not None:
+        config[QUANTIZATION_KEYS[0]] = compressed_config(qat)
+    _write_json(folder / "config.json", config)
 
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = _split(sizes, max_shard_size)
+    shards = _split({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_size)
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for file_name, shard in zip(names, shards, strict=True):
-        tensors = {name: merged(model, name).to("cpu", dtype).contiguous() for name in shard}
+        tensors: dict[str, Tensor] = {}
+        for name in shard:
+            weight = merged(model, name)
+            if qat is not None and name in quantized:
+                tensors |= compressed_parts(name, weight, qat, dtype)
+            else:
+                tensors[name] = weight.to("cpu", dtype).contiguous()
         save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
         shutil.copymode(folder / "config.json", folder / file_name)  # safetensors 0.8 lets nobody but the owner read
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def read_companions(

@@ -14,7 +14,7 @@ from kdtune.checkpoint.adapters import save_adapter
 from kdtune.checkpoint.huggingface import save_model
 from kdtune.checkpoint.start import StartCheckpointerConfig
 from kdtune.checkpoint.state import Run
-from kdtune.models import Decoder, LoraConfig
+from kdtune.models import Decoder, LoraConfig, QATConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ModelWriter:
         model: what is trained.
         start: where it came from.
         lora: its adapter; None: all weights are trained.
+        qat: how training rounds its weights; the result consists of the rounded ones. None: it does not.
         config: its `config.json`, as from `check_start`.
         companions: other files of its folder, by name, as from `read_companions`.
     """
@@ -32,6 +33,7 @@ class ModelWriter:
     model: Decoder
     start: StartCheckpointerConfig
     lora: LoraConfig | None
+    qat: QATConfig | None
     config: Mapping[str, Any]
     companions: Mapping[str, bytes]
 
@@ -60,7 +62,8 @@ class ModelWriter:
         if self.lora is None or self.lora.save_merged:
 
             def write_model(folder: Path) -> None:
-                save_model(self.model, folder, config=self.config, companions=self.companions, dtype=dtype)
+                config, companions = self.config, self.companions
+                save_model(self.model, folder, config=config, companions=companions, dtype=dtype, qat=self.qat)
 
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"

@@ -1,14 +1,18 @@
-"""Checkpoints that are quantised already: weights of 8 bits with scales are read, other formats refused."""
+"""Quantised checkpoints: which are read, which refused, and what quantisation-aware training writes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtune.checkpoint.weights import CODES, DTYPES, StoredTensor
+import torch
+from torch import Tensor
+
+from kdtune.checkpoint.weights import CODES, DTYPES, PACKED, StoredTensor
+from kdtune.models import QATConfig, convert_qat
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
 # What a weight's numbers are multiplied by. Both are that, the first one's name notwithstanding.
@@ -16,7 +20,8 @@ _SCALES = ("weight_scale_inv", "weight_scale")
 # For kernels that round activations, keys and values as well. Here these stay as they come.
 _OF_ACTIVATIONS = re.compile(r"\.(input_scale|activation_scale|output_scale|[kvq]_scale)$")
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-_COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
+_COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_PACKED = "weight_packed"
 
 
 def check_format(folder: Path, hf_config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int] | None]:
@@ -52,9 +57,9 @@ def check_format(folder: Path, hf_config: Mapping[str, Any]) -> tuple[str | None
 def refusal(folder: Path, what: str) -> str:
     """The words for a quantised format that kdtune does not read."""
     return (
-        f"{folder} is quantised ({what}), and kdtune reads weights of 8 bits with scales: quant_method fp8, "
-        "fbgemm_fp8, modelopt with FP8, and compressed-tensors that are float-quantized or int-quantized. Use the "
-        "checkpoint that it was made from; teacher.quantization stores a teacher in few bits while it is read."
+        f"{folder} is quantised ({what}), and kdtune reads weights that are fp8, or symmetric integers, with scales: "
+        "quant_method fp8, fbgemm_fp8, modelopt with FP8, compressed-tensors that are float-, int- or pack-quantized. "
+        "Use the checkpoint that it was made from; teacher.quantization stores a teacher in few bits while it is read."
     )
 
 
@@ -71,9 +76,11 @@ def _compressed_tensors(found: Mapping[str, Any]) -> tuple[str | None, Any]:
         return "transform_config", None
     for group in groups:
         weights = group.get("weights") or {}
-        if weights.get("num_bits") != 8 or not weights.get("symmetric", True):
+        if weights.get("num_bits") not in (4, 8) or not weights.get("symmetric", True):
             symmetry = "symmetric" if weights.get("symmetric", True) else "asymmetric"
             return f"{weights.get('num_bits')} bits, {symmetry}", None
+        if weights.get("actorder") not in (None, False, "static", "weight"):
+            return f"actorder {weights['actorder']}", None
         if weights.get("strategy") == "block":
             blocks = weights.get("block_structure")
         elif weights.get("strategy") == "group":
@@ -82,40 +89,46 @@ def _compressed_tensors(found: Mapping[str, Any]) -> tuple[str | None, Any]:
 
 
 def with_scales(
-    folder: Path, stored: Mapping[str, StoredTensor], blocks: tuple[int, int] | None
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: tuple[int, int] | None,
 ) -> dict[str, StoredTensor]:
     """Tensors of a checkpoint, scales beside the weights that they belong to, without those of activations.
 
     Args:
         folder: the checkpoint, to name it.
         stored: where each tensor lies.
+        shapes: of the model's parameters, by name.
         blocks: as from `check_format`.
 
     Raises:
-        ValueError: a weight of 8 bits has no scale, or one of a shape that says nothing.
+        ValueError: a quantised weight has no scale, or one of a shape that says nothing.
     """
-    return dict(_with_scales(folder, stored, blocks))
-
-
-def _with_scales(
-    folder: Path, stored: Mapping[str, StoredTensor], blocks: tuple[int, int] | None
-) -> Iterator[tuple[str, StoredTensor]]:
-    scales = set()
-    for name, tensor in stored.items():
-        if tensor.dtype not in CODES:
-            continue
-        owner = name.removesuffix("weight")
-        scale = next((owner + suffix for suffix in _SCALES if owner + suffix in stored), None)
+    stored = dict(stored)
+    for name in [name for name in stored if name.endswith(_PACKED)]:
+        owner = name.removesuffix(_PACKED)
+        stored.pop(f"{owner}weight_shape", None)
+        stored[f"{owner}weight"] = _unpacked(stored.pop(name), shapes.get(f"{owner}weight", ()))
+    for name in [name for name, tensor in stored.items() if tensor.dtype in (*CODES, *PACKED)]:
+        owner, weight = name.removesuffix("weight"), stored[name]
+        scale = next((stored.pop(owner + suffix) for suffix in _SCALES if owner + suffix in stored), None)
         if scale is None:
             raise ValueError(
-                f"{folder}: {name} is stored as {tensor.dtype} without {owner}{_SCALES[1]}, so that its numbers mean "
+                f"{folder}: {name} is stored as {weight.dtype} without {owner}{_SCALES[1]}, so that its numbers mean "
                 "nothing. Was it quantised in a format of its own? Use the checkpoint that it was made from."
             )
-        scales.add(scale)
-        yield name, replace(tensor, scale=stored[scale], block=_block(folder, name, tensor, stored[scale], blocks))
-    for name, tensor in stored.items():
-        if tensor.dtype not in CODES and name not in scales and not (scales and _OF_ACTIVATIONS.search(name)):
-            yield name, tensor
+        stored[name] = replace(weight, scale=scale, block=_block(folder, name, weight, scale, blocks))
+    if any(tensor.scale is not None for tensor in stored.values()):
+        return {name: tensor for name, tensor in stored.items() if not _OF_ACTIVATIONS.search(name)}
+    return stored
+
+
+def _unpacked(words: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """A weight [n, d] whose integers lie in 32-bit words, [n, d * bits / 32]."""
+    bits = 32 * words.shape[-1] // shape[-1] if shape else 0
+    dtype = next((name for name, width in PACKED.items() if width == bits), words.dtype)
+    return replace(words, dtype=dtype, shape=(words.shape[0], 32 * words.shape[1] // max(1, bits)))
 
 
 def _block(
@@ -135,3 +148,50 @@ def _block(
         f"{folder}: {name} is {n} x {d}, and its scales are {list(scale.shape)} of {scale.dtype}, which is not "
         f"{wanted}. Is config.json that of these weights?"
     )
+
+
+def compressed_config(cfg: QATConfig) -> dict[str, Any]:
+    """`quantization_config` of what `compressed_parts` gives: the format compressed-tensors, which vLLM and
+    transformers read."""
+    weights = {
+        "num_bits": cfg.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if cfg.weights == "int8" else "group",
+        "group_size": None if cfg.weights == "int8" else cfg.columns(0),
+        "dynamic": False,
+    }
+    activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    layers = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": activations if cfg.activations else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "pack-quantized" if _is_packed(cfg) else "int-quantized",
+        "config_groups": {"group_0": layers},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def compressed_parts(name: str, weight: Tensor, cfg: QATConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that stand in a file for a weight [n, d] as training has rounded it; scales in `dtype`."""
+    codes, scale = convert_qat(weight, cfg)
+    owner = name.removesuffix("weight")
+    parts = {f"{owner}weight_scale": scale.to("cpu", dtype)}
+    if not _is_packed(cfg):
+        return parts | {name: codes.cpu()}
+    unsigned = (codes.to(torch.int16) + 2 ** (cfg.bits - 1)).to("cpu", torch.uint8)
+    if cfg.bits == 4:
+        unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
+    shape = torch.tensor(weight.shape)
+    return parts | {f"{owner}{_PACKED}": unsigned.contiguous().view(torch.int32), f"{owner}weight_shape": shape}
+
+
+def _is_packed(cfg: QATConfig) -> bool:
+    # As compressed-tensors has it: integers that meet integers are not, even where 4 bits would do.
+    return cfg.activations is None

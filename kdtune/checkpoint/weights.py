@@ -20,6 +20,8 @@ from torch import Tensor
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is a number only together with a scale. Each is exact in bfloat16.
 CODES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
+# Names for integers above -2^(bits - 1) that lie in 32-bit words, the first in the lowest bits.
+PACKED = {"U4": 4, "U8": 8}
 PIECE = 4 * 2**20  # bytes read at a time
 METADATA = "__metadata__"  # what the header has besides tensors
 
@@ -89,17 +91,17 @@ def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
 
     `buffer` holds one piece, uint8; keep it for the next tensor (each time a new one would leave holes in the heap).
     """
-    dtype = (DTYPES | CODES)[stored.dtype]
     flat = target.view(-1)
-    per_piece = len(buffer) // dtype.itemsize
-    assert stored.size == math.prod(stored.shape) * dtype.itemsize == flat.numel() * dtype.itemsize
+    bits = PACKED.get(stored.dtype) or 8 * (DTYPES | CODES)[stored.dtype].itemsize
+    per_piece = 8 * len(buffer) // bits
+    assert 8 * stored.size == bits * math.prod(stored.shape) == bits * flat.numel()
     with stored.file.open("rb", buffering=0) as stream:
         stream.seek(stored.start)
         for begin in range(0, flat.numel(), per_piece):
             count = min(per_piece, flat.numel() - begin)
-            piece = buffer[: count * dtype.itemsize]
+            piece = buffer[: count * bits // 8]
             _read_exactly(stream, piece.numpy().data, stored.file)
-            flat[begin : begin + count].copy_(piece.view(dtype))
+            flat[begin : begin + count].copy_(_numbers(piece, stored.dtype))
     if stored.scale is not None:
         scale = _read_scale(stored, stored.scale, target.device, buffer)
         (rows, columns), d = stored.block, target.shape[1]
@@ -110,6 +112,15 @@ def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
             piece = target[begin : begin + step]
             block = torch.arange(begin, begin + len(piece), device=target.device) // rows  # of each row
             piece.copy_(piece.float() * scale[block])
+
+
+def _numbers(piece: Tensor, dtype: str) -> Tensor:
+    """What bytes, [n] uint8, stand for in a format."""
+    if dtype == "U4":
+        return torch.stack([piece & 15, piece >> 4], dim=1).flatten().to(torch.int8) - 8
+    if dtype == "U8":
+        return piece.to(torch.int16) - 128
+    return piece.view((DTYPES | CODES)[dtype])
 
 
 def read_fp8(stored: StoredTensor, device: torch.device, buffer: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from kdtune.models.config import ModelConfig, RopeConfig
 from kdtune.models.decoder import Decoder, enable_activation_checkpointing, num_parameters, parameter_shapes
 from kdtune.models.families import from_hf_config
 from kdtune.models.lora import LoraConfig, add_lora, merge, merged, trained_parameters, trained_shapes
+from kdtune.models.qat import QATConfig, check_qat, convert_qat, prepare_qat
 from kdtune.models.quantization import (
     Quantization,
     QuantizedLinear,
@@ -25,12 +26,15 @@ __all__ = [
     "KVCache",
     "LoraConfig",
     "ModelConfig",
+    "QATConfig",
     "Quantization",
     "QuantizedLinear",
     "RopeConfig",
     "add_lora",
     "check_checkpointing",
+    "check_qat",
     "check_quantization",
+    "convert_qat",
     "dequantize",
     "enable_activation_checkpointing",
     "from_hf_config",
@@ -39,6 +43,7 @@ __all__ = [
     "num_bytes",
     "num_parameters",
     "parameter_shapes",
+    "prepare_qat",
     "quantize",
     "quantize_linear",
     "quantized_shapes",

@@ -111,7 +111,7 @@ def quantize(weight: Tensor, kind: Quantization) -> Tensor:
 
     What it holds are the tensors that its `__tensor_flatten__` names. Works on `meta`, too.
     """
-    with _quiet_torchao():
+    with quiet_torchao():
         from torchao.quantization import Float8MMConfig, Float8Tensor, Int8Tensor, PerRow, to_nf4
         from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs, QuantizeTensorToInt8Kwargs
         from torchao.utils import should_reduce_range
@@ -147,7 +147,7 @@ def stored_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         scale: [n / rows, d / columns] of blocks, float32.
         dtype: that the weight is to be unpacked into.
     """
-    with _quiet_torchao():
+    with quiet_torchao():
         from torchao.quantization import Float8Tensor
     block = [size // count for size, count in zip(codes.shape, scale.shape, strict=True)]
     return Float8Tensor(codes, scale, block_size=block, dtype=dtype)
@@ -229,7 +229,7 @@ def quantize_linear(model: nn.Module, name: str, weight: Tensor, kind: Quantizat
 
 
 @contextmanager
-def _quiet_torchao() -> Iterator[None]:
+def quiet_torchao() -> Iterator[None]:
     """Without what importing torchao logs about kernels for other machines, and compiling says of each class (0.18)."""
     warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]

@@ -18,49 +18,72 @@ E4M3 = torch.float8_e4m3fn
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def by_blocks(weight: Tensor, rows: int, columns: int, most: float) -> tuple[Tensor, Tensor]:
-    """A weight in units of each block's scale, and those scales, block after block."""
+def in_units(weight: Tensor, rows: int, columns: int, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight in units of its blocks' scales, the scales in `dtype`, and the scale of each number, [n, d]."""
     n, d = weight.shape
-    scaled, scales = torch.empty_like(weight), torch.empty(math.ceil(n / rows), math.ceil(d / columns))
-    for i in range(len(scales)):
+    scales, factors = torch.empty(math.ceil(n / rows), math.ceil(d / columns)), torch.empty(n, d)
+    for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
-            scales[i, j] = weight[block].abs().max() / most
-            scaled[block] = weight[block] / scales[i, j]
-    return scaled, scales
+            scales[i, j] = factors[block] = (weight[block].abs().max() / most).to(dtype).float()
+    return (weight / factors).clamp(-most, most), scales.to(dtype), factors
 
 
-def block_fp8(weight: Tensor) -> dict[str, Tensor]:
+Stored = tuple[dict[str, Tensor], Tensor]  # what stands in the file for a weight, and the weight that it stands for
+
+
+def block_fp8(weight: Tensor) -> Stored:
     """DeepSeek-V3 and Qwen3-FP8."""
-    scaled, scales = by_blocks(weight, 40, 32, 448)
-    return {"weight": scaled.to(E4M3), "weight_scale_inv": scales}
+    scaled, scales, factors = in_units(weight, 40, 32, 448, torch.float32)
+    codes = scaled.to(E4M3)
+    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * factors
 
 
-def tensor_fp8(weight: Tensor) -> dict[str, Tensor]:
+def tensor_fp8(weight: Tensor) -> Stored:
     """Mistral's, with scales of activations."""
-    scaled, scales = by_blocks(weight, *weight.shape, 448)
-    return {"weight": scaled.to(E4M3), "weight_scale_inv": scales[0, 0].bfloat16(), "activation_scale": torch.ones(())}
+    scaled, scales, factors = in_units(weight, *weight.shape, 448, torch.bfloat16)
+    codes = scaled.to(E4M3)
+    parts = {"weight": codes, "weight_scale_inv": scales[0, 0], "activation_scale": torch.ones(())}
+    return parts, codes.float() * factors
 
 
-def row_fp8(weight: Tensor) -> dict[str, Tensor]:
+def row_fp8(weight: Tensor) -> Stored:
     """FBGEMM's, as in Llama-3.1-405B-FP8."""
-    scaled, scales = by_blocks(weight, 1, weight.shape[1], 448)
-    return {"weight": scaled.to(E4M3), "weight_scale": scales}
+    scaled, scales, factors = in_units(weight, 1, weight.shape[1], 448, torch.float32)
+    codes = scaled.to(E4M3)
+    return {"weight": codes, "weight_scale": scales}, codes.float() * factors
 
 
-def modelopt_fp8(weight: Tensor) -> dict[str, Tensor]:
-    scaled, scales = by_blocks(weight, *weight.shape, 448)
-    return {"weight": scaled.to(E4M3), "weight_scale": scales[0, 0], "input_scale": torch.ones(())}
+def modelopt_fp8(weight: Tensor) -> Stored:
+    scaled, scales, factors = in_units(weight, *weight.shape, 448, torch.float32)
+    codes = scaled.to(E4M3)
+    return {"weight": codes, "weight_scale": scales[0, 0], "input_scale": torch.ones(())}, codes.float() * factors
 
 
-def compressed_fp8(weight: Tensor) -> dict[str, Tensor]:
-    scaled, scales = by_blocks(weight, 1, weight.shape[1], 448)
-    return {"weight": scaled.to(E4M3), "weight_scale": scales.bfloat16(), "k_scale": torch.ones(1)}
+def compressed_fp8(weight: Tensor) -> Stored:
+    scaled, scales, factors = in_units(weight, 1, weight.shape[1], 448, torch.bfloat16)
+    codes = scaled.to(E4M3)
+    return {"weight": codes, "weight_scale": scales, "k_scale": torch.ones(1)}, codes.float() * factors
 
 
-def compressed_int8(weight: Tensor) -> dict[str, Tensor]:
-    scaled, scales = by_blocks(weight, 1, weight.shape[1], 127)
-    return {"weight": scaled.round().to(torch.int8), "weight_scale": scales.bfloat16()}
+def compressed_int8(weight: Tensor) -> Stored:
+    scaled, scales, factors = in_units(weight, 1, weight.shape[1], 127, torch.bfloat16)
+    codes = scaled.round().to(torch.int8)
+    return {"weight": codes, "weight_scale": scales}, codes.float() * factors
+
+
+def packed(weight: Tensor, bits: int, columns: int) -> Stored:
+    """Integers above the least of them, the first in the lowest bits of a word."""
+    scaled, scales, factors = in_units(weight, 1, columns, 2 ** (bits - 1) - 1, torch.bfloat16)
+    codes = scaled.round()
+    words = []
+    for row in (codes.long() + 2 ** (bits - 1)).tolist():
+        for start in range(0, len(row), 32 // bits):
+            word = sum(number << bits * place for place, number in enumerate(row[start : start + 32 // bits]))
+            words.append(word - 2**32 * (word >= 2**31))
+    packed = torch.tensor(words, dtype=torch.int32).view(len(codes), -1)
+    parts = {"weight_packed": packed, "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}
+    return parts, codes * factors
 
 
 def compressed(kind: str, **weights: Any) -> dict[str, Any]:
@@ -74,7 +97,7 @@ def compressed(kind: str, **weights: Any) -> dict[str, Any]:
     }
 
 
-FORMATS: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]] = {
+FORMATS: dict[str, tuple[Callable[[Tensor], Stored], dict[str, Any]]] = {
     "deepseek": (
         block_fp8,
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [40, 32]},
@@ -84,26 +107,35 @@ FORMATS: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]]
     "modelopt": (modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}),
     "compressed-fp8": (compressed_fp8, compressed("float", type="float")),
     "compressed-int8": (compressed_int8, compressed("int", type="int")),
+    "packed-int8": (lambda weight: packed(weight, 8, weight.shape[1]), compressed("pack", type="int")),
+    "packed-int4": (
+        lambda weight: packed(weight, 4, 32),
+        compressed("pack", type="int", num_bits=4, strategy="group", group_size=32, actorder=None),
+    ),
 }
 
 
-@pytest.fixture
-def quantised(hf_folder: Callable[..., Path]) -> Callable[[str], Path]:
-    """The tiny Llama in one of the formats: all linear weights but the head's."""
+Quantised = Callable[[str], tuple[Path, dict[str, Tensor]]]
 
-    def make(name: str) -> Path:
+
+@pytest.fixture
+def quantised(hf_folder: Callable[..., Path]) -> Quantised:
+    """The tiny Llama in one of the formats, all linear weights but the head's, and what these stand for."""
+
+    def make(name: str) -> tuple[Path, dict[str, Tensor]]:
         folder = hf_folder("llama")
         function, config = FORMATS[name]
-        weights: dict[str, Tensor] = {}
+        weights, expected = {}, {}
         for key, weight in load_file(folder / "model.safetensors").items():
+            weights[key] = weight.bfloat16()
             if weight.dim() == 2 and ".layers." in key:
-                weights |= {key.removesuffix("weight") + part: value for part, value in function(weight).items()}
-            else:
-                weights[key] = weight.bfloat16()
+                del weights[key]
+                parts, expected[key] = function(weight)
+                weights |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         config = read_config(folder) | {"quantization_config": config}
         (folder / "config.json").write_text(json.dumps(config))
-        return folder
+        return folder, expected
 
     return make
 
@@ -115,63 +147,50 @@ def load(folder: Path, **settings: Any) -> Decoder:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_what_their_numbers_stand_for(
-    name: str, dtype: torch.dtype, quantised: Callable[[str], Path], hf_folder: Callable[..., Path]
+    name: str, dtype: torch.dtype, quantised: Quantised, hf_folder: Callable[..., Path]
 ) -> None:
-    folder = quantised(name)
-    stored, found, original = load_file(folder / "model.safetensors"), load(folder, dtype=dtype), load(hf_folder())
-    for key in quantized_shapes(found.config):
-        codes = stored[key].float()
-        scale = stored.get(key + "_scale", stored.get(key + "_scale_inv")).float().reshape(-1)
-        rows, columns = (40, 32) if name == "deepseek" else (len(codes) // len(scale), codes.shape[1])
-        row, column = torch.arange(len(codes))[:, None] // rows, torch.arange(codes.shape[1]) // columns
-        expected = codes * scale[row * math.ceil(codes.shape[1] / columns) + column]
-        assert torch.equal(found.get_parameter(key), expected.to(dtype))
-        error = (expected - original.get_parameter(key)).norm() / original.get_parameter(key).norm()
-        assert 0 < error < 0.04
-    with torch.no_grad():
-        full, ours = original(TOKENS).log_softmax(-1), found(TOKENS).float().log_softmax(-1)
-    assert 0 < (full.exp() * (full - ours)).sum(-1).mean() < 0.01
+    folder, expected = quantised(name)
+    found, original = load(folder, dtype=dtype), load(hf_folder("llama"))
+    assert expected.keys() == quantized_shapes(found.config).keys()
+    for key, weight in expected.items():
+        assert torch.equal(found.get_parameter(key), weight.to(dtype))
+        full = original.get_parameter(key)
+        assert 0 < (weight - full).norm() / full.norm() < (0.15 if name == "packed-int4" else 0.04)
 
 
-def test_blocks_are_those_of_transformers(quantised: Callable[[str], Path]) -> None:
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    scaled, scales = by_blocks(weight, 32, 32, 448)
-    theirs = fp8.Fp8Dequantize(None)._dequantize_one(scaled.to(E4M3), scales, torch.bfloat16)
+def test_blocks_are_those_of_transformers() -> None:
+    """Of sizes that divide the weight's: transformers has no others."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    folder, name = quantised("deepseek"), "model.layers.0.mlp.down_proj.weight"
-    weights = load_file(folder / "model.safetensors")
-    assert weights[name].shape == weight.shape
-    for key, value in FORMATS["deepseek"][0](weight).items():
-        weights[name.removesuffix("weight") + key] = value
-    config = read_config(folder)
-    config["quantization_config"]["weight_block_size"] = [32, 32]
-    (folder / "config.json").write_text(json.dumps(config))
-    for key in [key for key in weights if key.endswith("_inv")]:
-        codes, scale = by_blocks(
-            weight if name in key else weights[key.removesuffix("_scale_inv")].float(), 32, 32, 448
-        )
-        weights[key.removesuffix("_scale_inv")], weights[key] = codes.to(E4M3), scale
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(load(folder, dtype=torch.bfloat16).get_parameter(name), theirs)
+    weight = torch.randn(80, 96, generator=torch.Generator().manual_seed(0))
+    parts, expected = block_fp8(weight)
+    theirs = Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale_inv"], torch.float32)
+    assert torch.equal(theirs, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_those_of_compressed_tensors(bits: int) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    parts, expected = packed(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), bits, 32)
+    theirs = helpers.unpack_from_int32(parts["weight_packed"], bits, torch.Size((16, 64)))
+    assert torch.equal(theirs * parts["weight_scale"].float().repeat_interleave(32, dim=1), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_fp8_stays_fp8_where_it_is_asked_for(name: str, quantised: Callable[[str], Path]) -> None:
-    folder = quantised(name)
-    unpacked, kept = load(folder), load(folder, quantization="fp8")
-    for key in quantized_shapes(kept.config):
+def test_fp8_stays_fp8_where_it_is_asked_for(name: str, quantised: Quantised) -> None:
+    folder, expected = quantised(name)
+    kept = load(folder, quantization="fp8")
+    for key, full in expected.items():
         weight = kept.get_parameter(key)
         assert num_bytes(weight) < 1.1 * weight.numel()
         # Blocks that do not end where the weight does, and integers, are rounded again.
-        is_kept = name != "compressed-int8" and (name != "deepseek" or len(weight) % 40 == 0)
-        expected = unpacked.get_parameter(key)
-        assert torch.equal(dequantize(weight), expected) == is_kept
-        assert (dequantize(weight) - expected).norm() < 0.03 * expected.norm()
+        is_kept = "int" not in name and (name != "deepseek" or len(weight) % 40 == 0)
+        assert torch.equal(dequantize(weight), full) == is_kept
+        assert (dequantize(weight) - full).norm() < 0.03 * full.norm()
 
 
-def test_a_student_that_starts_there_is_saved_as_what_it_is(quantised: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = quantised("deepseek")
+def test_a_student_that_starts_there_is_saved_as_what_it_is(quantised: Quantised, tmp_path: Path) -> None:
+    folder, _ = quantised("deepseek")
     model = load(folder)
     save_model(model, tmp_path / "saved", config=read_config(folder))
     assert "quantization_config" not in read_config(tmp_path / "saved")
@@ -186,7 +205,9 @@ def test_a_student_that_starts_there_is_saved_as_what_it_is(quantised: Callable[
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, quant_algo NVFP4"),
-        (compressed("pack", type="int", num_bits=4, strategy="group", group_size=32), "format pack-quantized"),
+        (compressed("nvfp4-pack", type="float", num_bits=4), "format nvfp4-pack-quantized"),
+        (compressed("pack", type="int", num_bits=3), "3 bits, symmetric"),
+        (compressed("pack", type="int", num_bits=4, actorder="group"), "actorder group"),
         (compressed("int", type="int", symmetric=False), "8 bits, asymmetric"),
         (compressed("float", type="float") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         (compressed("float", type="float") | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
@@ -222,9 +243,9 @@ def test_tensors_of_torchaos_own_are_refused(hf_folder: Callable[..., Path]) -> 
     ],
 )
 def test_broken_scales_are_refused(
-    change: Callable[[dict[str, Tensor], str], Any], words: str, quantised: Callable[[str], Path]
+    change: Callable[[dict[str, Tensor], str], Any], words: str, quantised: Quantised
 ) -> None:
-    folder = quantised("deepseek")
+    folder, _ = quantised("deepseek")
     weights = load_file(folder / "model.safetensors")
     change(weights, "model.layers.1.self_attn.q_proj.weight_scale_inv")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -184,6 +184,19 @@ def test_fine_tuning_resumes_too(
     tiny_runs.assert_same_run(whole, resumed)
 
 
+def test_rounding_in_training_resumes_too(
+    tiny: Path, tmp_path: Path, during_step: Callable[[int, Callable[[], None]], None]
+) -> None:
+    overrides = ["qat.group_size=16", "qat.activations=int8"]
+    whole = distil(tiny, tmp_path / "whole", *overrides)
+    resumed = tmp_path / "resumed"
+    during_step(5, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        distil(tiny, resumed, *overrides)
+    distil(tiny, resumed, *overrides, "resume_from_checkpoint=true")
+    tiny_runs.assert_same_run(whole, resumed)
+
+
 # kill -9: no handler, no finally, no flush. The processes are forks of one that has imported torch.
 
 KILLED = """
