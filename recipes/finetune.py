@@ -233,9 +233,10 @@ def check(cfg: Config) -> Inputs:
         run_device,
     )
     dtype = devices.DTYPES[cfg.dtype]
+    only_adapters = cfg.lora is not None and not cfg.lora.modules_to_save
     optim.check_optimizer(
         cfg.optimizer,
-        dtype=dtype,
+        dtype=torch.float32 if only_adapters else dtype,
         device=run_device,
         in_backward=cfg.optimizer_in_bwd,
         clip_grad_norm=cfg.clip_grad_norm,

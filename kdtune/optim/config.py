@@ -44,8 +44,8 @@ def check_optimizer(
     """
     if dtype == torch.float32 and cfg.precision in ("stochastic", "nearest"):
         raise ValueError(
-            f"optimizer.precision={cfg.precision} is about how bf16 weights are rounded after a step, and dtype=fp32 "
-            "rounds none. Leave it out, or train with dtype=bf16."
+            f"optimizer.precision={cfg.precision} is about how bf16 weights are rounded after a step, and here float32 "
+            "is trained: with dtype=fp32, or as an adapter of lora. Leave it out."
         )
     if cfg.offload and device.type == "cpu":
         raise ValueError(

@@ -169,6 +169,7 @@ def test_refused(recipe: Recipe, tiny: Path, tuned: Path, tmp_path: Path, capsys
     assert "lora.base_quantization=nf4 takes weights with" in said(*LORA, "lora.base_quantization=nf4")
     assert "is the adapter of another model" in said(f"checkpointer.adapter_dir={tuned / 'adapter'}")
     assert "int8_dynamic rounds the activations, through" in said(*LORA, "lora.base_quantization=int8_dynamic")
+    assert "here float32 is trained" in said(*LORA, "dtype=bf16", "optimizer.precision=stochastic")
     assert not (tmp_path / "run").exists()
 
     recipe(tiny, tmp_path / "run", *LORA, "max_steps=1")

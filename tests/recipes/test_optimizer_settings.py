@@ -24,7 +24,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 
 REFUSED = {
-    "dtype=fp32 rounds none": {"cfg": OptimizerConfig(precision="stochastic"), "dtype": torch.float32},
+    "here float32 is trained": {"cfg": OptimizerConfig(precision="stochastic"), "dtype": torch.float32},
     "device=cpu has no other memory": {"cfg": OptimizerConfig(offload=True), "device": torch.device("cpu")},
     "optimizer.name=adamw to offload": {"cfg": OptimizerConfig(name="adamw_8bit", offload=True)},
     "gradient_accumulation_steps=2 asks for one step": {"in_backward": True, "gradient_accumulation_steps": 2},

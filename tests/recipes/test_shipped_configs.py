@@ -1,5 +1,6 @@
 """The shipped configs against folders of the true shapes: published config.json, vocabulary and tokenizer sizes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers
 
 import kdtune.tokenizers
@@ -25,6 +27,7 @@ from kdtune.models import from_hf_config, num_parameters, parameter_shapes
 
 RECIPE = "knowledge_distillation"
 CONFIGS = [config.name for config in catalog.configs(RECIPE) if config.name.endswith("_KD")]
+ADAPTED = {config.name: config.recipe for config in catalog.configs() if config.name.endswith("lora")}
 
 # By name on the hub: what config.json says there, and the number of parameters that the hub counts in the weights.
 PUBLISHED = json.loads((Path(__file__).parent / "published_models.json").read_text())
@@ -208,6 +211,49 @@ def test_dry_run(name: str, workplace: Path, read_once: None, capsys: pytest.Cap
     assert all(len(tokenizer.encode(mark, bos=False)) == 1 for mark in marks), "turns are marked by special tokens"
 
 
+def parse_adapted(name: str) -> Any:
+    recipe = ADAPTED[name]
+    return load(load_module(catalog.find_recipe(recipe)).Config, catalog.find_config(name, recipe), [])
+
+
+def test_adapters_are_there() -> None:
+    """Of each family, with LoRA and with QLoRA."""
+    pairs = {name for name in CONFIGS if name != "llama3_2/3B_to_1B_KD"}
+    assert set(ADAPTED) == {f"{base}_{kind}" for base in (*pairs, "llama3_1/8B") for kind in ("lora", "qlora")}
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTED if name.startswith(tuple(CONFIGS))])
+def test_adapters_of_a_pair_learn_from_the_same_rows(name: str) -> None:
+    """Nothing else is different, so that they can be compared."""
+    found, expected = dataclasses.asdict(parse_adapted(name)), dataclasses.asdict(parse(name.rpartition("_")[0]))
+    different = {key for key in expected if found[key] != expected[key]}
+    assert different - {"teacher", "enable_activation_checkpointing"} == {"lora", "optimizer", "output_dir"}
+    assert found["teacher"]["quantization"] == ("int8" if name.endswith("qlora") else None)
+    assert bool(found["lora"]["base_quantization"]) == name.endswith("qlora")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_dry_run_of_an_adapter(name: str, workplace: Path, read_once: None, capsys: pytest.CaptureFixture[str]) -> None:
+    path = catalog.find_config(name, ADAPTED[name])
+    folders = dict(
+        reversed(found) for found in re.findall(r"kdtune download (\S+) --output-dir (\S+)", path.read_text())
+    )
+    for folder, hub_name in folders.items():
+        Path(folder).mkdir(parents=True)
+        config = PUBLISHED[hub_name]["config"]
+        Path(folder, "config.json").write_text(json.dumps(config))
+        write_sparse_weights(Path(folder), config)
+        write_tokenizer(Path(folder), hub_name)
+    write_rows(workplace / "rows.jsonl", 100)
+    main(["run", ADAPTED[name], "--config", name, "dataset.source=rows.jsonl", "device=cpu", "--dry-run"])
+    cfg = parse_adapted(name)
+    layers = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)["num_hidden_layers"]
+    assert f"rank 16 beside {7 * layers} of its weights" in capsys.readouterr().out
+    assert set(folders) == {cfg.checkpointer.checkpoint_dir} | (
+        {cfg.teacher_checkpointer.checkpoint_dir} if ADAPTED[name] == RECIPE else set()
+    )
+
+
 def test_vocabularies_of_qwen2_5_differ_by_padding() -> None:
     """The pair of the dry run that needs more than equal sizes."""
     sizes = {name: PUBLISHED[name]["config"]["vocab_size"] for name in downloads("qwen2_5/7B_to_0.5B_KD").values()}
@@ -248,4 +294,34 @@ def test_step(name: str, workplace: Path) -> None:
     )
     unmoved = [key for key in before if "norm" not in key and torch.equal(before[key], after[key])]
     assert not unmoved
+    shutil.rmtree(workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_step_of_an_adapter(name: str, workplace: Path) -> None:
+    """One optimizer step on the CPU at true width and vocabulary, with one layer and random weights."""
+    cfg = parse_adapted(name)
+    text = catalog.find_config(name, ADAPTED[name]).read_text()
+    for hub_name, folder in re.findall(r"kdtune download (\S+) --output-dir (\S+)", text):
+        Path(folder).mkdir(parents=True)
+        config = PUBLISHED[hub_name]["config"] | {"num_hidden_layers": 1}
+        Path(folder, "config.json").write_text(json.dumps(config))
+        write_tokenizer(Path(folder), hub_name)
+        model = checkpoint.load_model(folder, dtype=torch.bfloat16, device="cpu", random_weights=True)
+        checkpoint.save_model(model, folder, config=config)
+        del model
+    write_rows(workplace / "rows.jsonl", 50)
+    overrides = ["dataset.source=rows.jsonl", "device=cpu", "tokenizer.max_seq_len=256"]
+    overrides += ["gradient_accumulation_steps=2", "lr_scheduler.num_warmup_steps=0", "max_steps=1"]
+    main(["run", ADAPTED[name], "--config", name, *overrides])
+    tensors = load_file(Path(cfg.output_dir, "adapter", "adapter_model.safetensors"))
+    assert len(tensors) == 14
+    assert all(tensor.any() for tensor in tensors.values()), "B is no longer 0"
+    checkpoint.load_model(
+        cfg.checkpointer.checkpoint_dir,
+        dtype=torch.bfloat16,
+        device="cpu",
+        adapter_dir=Path(cfg.output_dir, "adapter"),
+    )
     shutil.rmtree(workplace)
