@@ -57,7 +57,7 @@ def estimate(
     if gradient_accumulation_steps > 1:
         gradients = 4 * count
     per_token = _activations_per_token(student, size, activation_checkpointing)
-    if packed and (device.type != "cuda" or size == 4):
+    if packed and device.type != "cpu" and size == 4:
         # Without the kernel for documents of any length, attention's output is kept by the document and by the row.
         layers = 1 if activation_checkpointing else student.num_layers
         per_token += layers * size * student.num_heads * student.head_dim

@@ -71,7 +71,7 @@ class Config:
     activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
     enable_activation_offloading: bool = False  # what checkpointing keeps goes to host memory until it is needed
     loss_chunk_size: int | None = setting(None, gt=0)  # labelled tokens whose logits exist at one time; null: automatic
-    compile: bool = False  # fuse the loss's element-wise part with torch.compile; on a CPU it needs a C++ compiler
+    compile: bool = False  # torch.compile layers and loss: faster after a minute; on a CPU it needs a C++ compiler
 
     output_dir: str = setting(MISSING, path=True)  # metrics, checkpoints and the finished model go here
     save_dtype: devices.Dtype | None = None  # of the finished model's weights; null: dtype
@@ -174,6 +174,8 @@ def build(cfg: Config, device: torch.device, resume_from: Path | None = None) ->
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
+    if cfg.compile:
+        models.compile_layers(model)
     if cfg.gradient_accumulation_steps > 1:
         optim.accumulate_in_float32(model)
     optimizer = optim.build_optimizer(model, cfg.optimizer, seed=cfg.seed)

@@ -83,16 +83,15 @@ def test_activations_are_those_that_autograd_saves(variant: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packing_adds_a_copy_of_attention_s_output_and_no_mask(variant: str, dtype: torch.dtype) -> None:
+def test_packing_adds_nothing(variant: str, dtype: torch.dtype) -> None:
     config = make_config(**VARIANTS[variant])
     model = Decoder(config).to(dtype)
     tokens = torch.randint(0, config.vocab_size, (2, 128))
     documents = Documents.in_rows([[30, 30, 30, 30, 8]] * 2)
     counted = saved_bytes(model, tokens, None, documents, start=model.hidden)
-    assert estimate(config, dtype=dtype, packed=True).activations == pytest.approx(counted, rel=0.02)
-    assert counted > 1.02 * estimate(config, dtype=dtype).activations
-    on_cuda = estimate(config, dtype=torch.bfloat16, device=torch.device("cuda"), packed=True)
-    assert on_cuda == estimate(config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    for device in ("cpu", "cuda") if dtype == torch.bfloat16 else ("cpu",):
+        found = estimate(config, dtype=dtype, device=torch.device(device), packed=True)
+        assert found.activations == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -120,6 +120,21 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     arXiv:2404.02657, section 4.
     """
     p = log_p.exp()
+    gap = log_q.exp().sub_(p).abs_()
+    weight = torch.ops.kdtune.of_head(p, gap) / gap.sum(-1, keepdim=True).clamp_(
+        min=torch.finfo(gap.dtype).tiny
+    )  # [n, 1]
+    return _mixed_kl(log_p, log_q, weight)
+
+
+# An operator, so that torch.compile does not look into what depends on the values.
+_library = torch.library.Library("kdtune", "FRAGMENT")
+_library.define("of_head(Tensor p, Tensor gap) -> Tensor")
+
+
+@torch.library.impl("kdtune::of_head", "default")
+def _of_head(p: Tensor, gap: Tensor) -> Tensor:
+    """The sums of `gap` over the heads of `p`, [n, 1]. On a GPU it waits for the device."""
     size = p.shape[-1]
     num_candidates = min(64, size)
     top, ids = p.topk(num_candidates)  # [n, 64], descending
@@ -128,10 +143,12 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         top, ids = p.topk(num_candidates)
     in_head = top.cumsum(-1) <= 0.5
     in_head[:, 0] = True
-    gap = log_q.exp().sub_(p).abs_()
-    head_gap = (gap.gather(-1, ids) * in_head).sum(-1, keepdim=True)
-    weight = head_gap / gap.sum(-1, keepdim=True).clamp_(min=torch.finfo(gap.dtype).tiny)  # [n, 1]
-    return _mixed_kl(log_p, log_q, weight)
+    return (gap.gather(-1, ids) * in_head).sum(-1, keepdim=True)
+
+
+@torch.library.register_fake("kdtune::of_head")
+def _(p: Tensor, gap: Tensor) -> Tensor:
+    return gap.new_empty(len(gap), 1)
 
 
 def by_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
@@ -141,11 +158,9 @@ def by_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
     """
 
     def values_and_slopes(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            log_q = log_q.detach().requires_grad_()
-            values = function(log_p.detach(), log_q)
-            (slopes,) = torch.autograd.grad(values.sum(), log_q)
-        return values.detach(), slopes
+        values, pull, *_ = torch.func.vjp(lambda log_q: function(log_p, log_q), log_q)
+        (slopes,) = pull(torch.ones_like(values))
+        return values, slopes
 
     return values_and_slopes
 

@@ -3,7 +3,13 @@
 from kdtune.models.cache import KVCache
 from kdtune.models.checkpointing import CheckpointingMode, check_checkpointing
 from kdtune.models.config import ModelConfig, RopeConfig
-from kdtune.models.decoder import Decoder, enable_activation_checkpointing, num_parameters, parameter_shapes
+from kdtune.models.decoder import (
+    Decoder,
+    compile_layers,
+    enable_activation_checkpointing,
+    num_parameters,
+    parameter_shapes,
+)
 from kdtune.models.families import from_hf_config
 from kdtune.models.lora import LoraConfig, add_lora, merge, merged, trained_parameters, trained_shapes
 from kdtune.models.qat import QATConfig, check_qat, convert_qat, prepare_qat
@@ -34,6 +40,7 @@ __all__ = [
     "check_checkpointing",
     "check_qat",
     "check_quantization",
+    "compile_layers",
     "convert_qat",
     "dequantize",
     "enable_activation_checkpointing",

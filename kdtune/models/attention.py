@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune.documents import Documents
+from kdtune.models.varlen import attend_within
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class BlockCausal:
         window: how far back a token sees, itself included; None: to the start of its document.
         mask: [1, 1, l, l] of the longest document, whose corner is the mask of a shorter one; None: `window` hides
             nothing, or is the kernel's to keep.
+        longest: tokens of the longest document.
+        kernel: what computes it: torch's kernel for documents of any length, the CPU's here, or one call a document.
     """
 
     documents: Documents
     window: int | None
     mask: Tensor | None
+    longest: int
+    kernel: Literal["torch", "cpu", "none"]
 
     def mask_of(self, length: int) -> Tensor | None:
         """For a document of this length."""
@@ -48,11 +53,14 @@ def block_causal(documents: Documents, window: int | None, like: Tensor, head_di
         like: of the device and dtype of the heads.
         head_dim: their size.
     """
+    kernel: Literal["torch", "cpu", "none"] = "cpu" if like.device.type == "cpu" else "none"
+    if has_varlen_kernel(like, head_dim):
+        kernel = "torch"
     mask = None
-    if window is not None and window < documents.longest and not has_varlen_kernel(like, head_dim):
+    if window is not None and window < documents.longest and kernel != "torch":
         index = torch.arange(documents.longest, device=like.device)[None]
         mask = attention_mask(index, index, window, causal=True, dtype=like.dtype)
-    return BlockCausal(documents, window, mask)
+    return BlockCausal(documents, window, mask, documents.longest, kernel)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
@@ -83,8 +91,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
 def _attend_within(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCausal) -> Tensor:
     b, s = queries.size(0), queries.size(2)
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (queries, keys, values))  # [b * s, h, n]
-    if has_varlen_kernel(queries, queries.size(-1)):
+    if sight.kernel == "torch":
         out = _varlen(queries, keys, values, sight)
+    elif sight.kernel == "cpu":
+        out = attend_within(queries, keys, values, sight.documents.starts, sight.mask, sight.window)
     else:
         outs = []
         for pieces in zip(*(heads.split(sight.documents.lengths) for heads in (queries, keys, values)), strict=True):
@@ -116,7 +126,7 @@ def _varlen(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCausal) -
         else:  # torch 2.11
             repeats = queries.size(1) // keys.size(1)
             keys, values = (heads.repeat_interleave(repeats, dim=1) for heads in (keys, values))
-    starts, longest = sight.documents.starts, sight.documents.longest
+    starts, longest = sight.documents.starts, sight.longest
     # Its window counts the tokens before the query, ours the query too.
     back = -1 if sight.window is None else sight.window - 1
     out = varlen_attn(queries, keys, values, starts, starts, longest, longest, window_size=(back, 0), **settings)

@@ -11,12 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CheckpointingMode = Literal["full", "selective"]
 
@@ -53,8 +48,8 @@ def checkpointer(mode: CheckpointingMode, is_random: bool) -> Callable[..., Tens
             products and attention gave, and repeats norms, rotations and activation functions.
         is_random: the function draws random numbers, which are to be the same the second time.
     """
-    contexts = _keep_products if mode == "selective" else noop_context_fn
-    return functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random, context_fn=contexts)
+    contexts: dict[str, Any] = {"context_fn": _keep_products} if mode == "selective" else {}
+    return functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random, **contexts)
 
 
 def _keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -62,8 +57,8 @@ def _keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # Its own namespace has the kernel of packed rows, once that is imported.
-    is_product = operator in _PRODUCTS or operator.namespace == "torch_attn"
+    # In these namespaces are the kernels of packed rows, torch's and `kdtune.models.varlen`.
+    is_product = operator in _PRODUCTS or operator.namespace in ("torch_attn", "kdtune")
     return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 

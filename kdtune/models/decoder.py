@@ -92,11 +92,17 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
-        if self.checkpoint is not None and torch.is_grad_enabled():
-            return self.checkpoint(self._forward, x, cos, sin, sight, cache)
-        return self._forward(x, cos, sin, sight, cache)
+        # Not with a cache, which grows with each token: code would be compiled for each length.
+        compute = self._keep_less if self.compiled is None or cache is not None else self.compiled
+        return compute(x, cos, sin, sight, cache)
+
+    def _keep_less(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return self._forward(x, cos, sin, sight, cache)
+        return self.checkpoint(functools.partial(self._forward, sight=sight, cache=cache), x, cos, sin)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, sight, cache)
@@ -225,6 +231,22 @@ def enable_activation_checkpointing(model: Decoder, mode: CheckpointingMode = "f
         if isinstance(layer, Layer):
             layer.checkpoint = checkpointer(mode, model.model.is_random)
     model.model.offload_activations = offload
+
+
+def compile_layers(model: Decoder, backend: str = "inductor") -> None:
+    """Have torch.compile make code for the layers: for all that are alike at once, and for any number of tokens.
+
+    Args:
+        model: in its last form: with adapters, quantised, with activation checkpointing.
+        backend: of torch.compile.
+    """
+    from torch._dynamo import config
+
+    # Of all layers of both models together, with and without gradients, of several rows and of one.
+    config.recompile_limit = max(config.recompile_limit, 32)
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.compiled = torch.compile(layer._keep_less, dynamic=True, backend=backend)
 
 
 @functools.cache

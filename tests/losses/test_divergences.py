@@ -60,6 +60,22 @@ def test_a_divergence_of_ones_own_gets_the_same_engine(name, settings):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["adaptive_kl", "jsd", "own"])
+def test_compiled_in_one_piece(name):
+    """Without a graph break, which would be an error, and with a vocabulary of which a part is looked at first."""
+    own = by_autograd(lambda log_p, log_q: DEFINITIONS["jsd"](log_p.exp(), log_q.exp()))
+    function = own if name == "own" else divergence(name)
+    log_p, log_q = (x.log_softmax(-1) for x in make_logits(v=517))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for found, expected in zip(
+            torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(log_p, log_q),
+            function(log_p, log_q),
+            strict=True,
+        ):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("padding", [0, 6])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @every_case

@@ -1,0 +1,128 @@
+"""Compiled layers: as few pieces of code as there are kinds of layers, whatever the batch, and the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdtune import generation, models
+from kdtune.documents import Documents
+from kdtune.models import Decoder, ModelConfig, RopeConfig
+
+MODES = ["none", "selective", "full"]
+
+
+def build(width: int = 16, windows: tuple[int | None, ...] = (None, None, None), mode: str = "none") -> Decoder:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_layers=len(windows),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_seq_len=64,
+        windows=windows,
+        rope=RopeConfig(),
+    )
+    model = Decoder(config)
+    if mode != "none":
+        models.enable_activation_checkpointing(model, mode)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_other_tests() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs a graph as it is, and keeps it to be counted."""
+
+    def __init__(self) -> None:
+        self.made: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        self.made.append(graph)
+        return graph.forward
+
+
+def batch(rows: int, length: int, packed: bool) -> tuple[Tensor, Tensor, Documents | None]:
+    """Tokens, positions and documents; packed rows have one, two or three of differing lengths, and padding."""
+    tokens = torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(0))
+    if not packed:
+        return tokens, torch.arange(length).expand_as(tokens), None
+    cuts = [[length // 3, length // 4, length - length // 3 - length // 4 - 1][: 1 + i % 3] for i in range(rows)]
+    documents = Documents.in_rows(cuts, length)
+    return tokens, documents.positions(), documents
+
+
+SHAPES = [(2, 17), (3, 40), (5, 24), (4, 12), (2, 64), (7, 16)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_graph_for_all_layers_and_batches(packed: bool) -> None:
+    """With gradients and without; a window makes layers of another kind, another width those of another model."""
+    windows = (None, 5, None) if packed else (None, None, None)
+    student, teacher, graphs = build(windows=windows, mode="full"), build(32), Graphs()
+    for model in (student, teacher):
+        models.compile_layers(model, graphs)
+    found = []
+    for rows, length in SHAPES:
+        with torch.no_grad():
+            (student if packed else teacher).hidden(*batch(rows, length, packed))
+        student.hidden(*batch(rows, length, packed)).square().mean().backward()
+        found.append(len(graphs.made))
+    assert found == [4 if packed else 2] * len(SHAPES)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # A single row is a shape of its own, and the only one.
+    found = []
+    for length in (9, 20, 33):
+        with torch.no_grad():
+            student.hidden(*batch(1, length, packed))
+        found.append(len(graphs.made))
+    assert len(set(found)) == 1
+
+
+def test_a_cache_is_not_compiled_for() -> None:
+    model, graphs = build(), Graphs()
+    prompts = [[1, 2, 3], [4, 5]]
+
+    def generate() -> list[list[int]]:
+        return generation.generate(model, prompts, max_new_tokens=4)
+
+    expected = generate()
+    models.compile_layers(model, graphs)
+    assert generate() == expected
+    assert not graphs.made
+
+
+def test_names_stay() -> None:
+    plain, compiled = build(), build()
+    models.compile_layers(compiled, Graphs())
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in compiled.named_modules()] == [name for name, _ in plain.named_modules()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_eager_layers(mode: str) -> None:
+    windows = (None, 5, None)
+    plain, compiled = build(windows=windows), build(windows=windows, mode=mode)
+    models.compile_layers(compiled)
+    for packed in (False, True):
+        for rows, length in SHAPES[:3]:
+            for model in (plain, compiled):
+                model.zero_grad()
+                model(*batch(rows, length, packed)).log_softmax(-1)[..., 0].mean().backward()
+            for expected, found in zip(plain.parameters(), compiled.parameters(), strict=True):
+                assert expected.grad is not None
+                torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
