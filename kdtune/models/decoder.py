@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -233,17 +234,21 @@ def enable_activation_checkpointing(model: Decoder, mode: CheckpointingMode = "f
     model.model.offload_activations = offload
 
 
-def compile_layers(model: Decoder, backend: str = "inductor") -> None:
+def compile_layers(model: Decoder, backend: str | Callable[..., Any] = "inductor") -> None:
     """Have torch.compile make code for the layers: for all that are alike at once, and for any number of tokens.
 
     Args:
-        model: in its last form: with adapters, quantised, with activation checkpointing.
+        model: in its last form: with adapters, quantised, with activation checkpointing. On `meta`, where a run is
+            planned, it stays as it is.
         backend: of torch.compile.
     """
+    if model.head.weight.is_meta:
+        return
     from torch._dynamo import config
 
     # Of all layers of both models together, with and without gradients, of several rows and of one.
     config.recompile_limit = max(config.recompile_limit, 32)
+    config.specialize_float = True  # the eps of norms does not change
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.compiled = torch.compile(layer._keep_less, dynamic=True, backend=backend)

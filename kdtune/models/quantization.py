@@ -169,7 +169,7 @@ def num_bytes(weight: Any) -> int:
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight came from `quantize`."""
-    return hasattr(weight, "__tensor_flatten__")
+    return hasattr(type(weight), "__tensor_flatten__")  # of the weight itself, torch.compile says it has not
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -39,9 +39,6 @@ class _StreamedLayer(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         return functional_call(self.layer, self.fetcher.get(self.index), args)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.layer.compile(*args, **kwargs)  # without the copies
-
 
 class _Fetcher:
     """Copies weights to the device on a stream of its own, while the layer before is computed."""
