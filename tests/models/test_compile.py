@@ -127,6 +127,12 @@ def with_adapters(kind: models.Quantization) -> Decoder:
     return model
 
 
+def rounded() -> Decoder:
+    model = build(32, (None, None))
+    models.prepare_qat(model, models.QATConfig(activations="int8"))
+    return model
+
+
 def streamed() -> Decoder:
     model = build().requires_grad_(False)
     models.stream_layers(model, torch.device("cpu"))
@@ -138,6 +144,7 @@ def streamed() -> Decoder:
     [
         pytest.param(lambda: frozen("int4"), 1, id="quantised teacher"),
         pytest.param(lambda: with_adapters("int8"), 2, id="adapters"),  # the first layer's input has no gradient
+        pytest.param(rounded, 1, id="quantisation-aware"),
         pytest.param(streamed, 1, id="streamed teacher"),
     ],
 )
