@@ -15,6 +15,7 @@ Some two minutes on two cores with all peers.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,15 +42,19 @@ GSM8K = DatasetConfig(
 
 
 def from_rows(settings: argparse.Namespace, num_workers: int) -> Callable[[], Answer]:
-    """Seconds of tokenising, and of the whole way, for each data set with each tokenizer."""
+    """Seconds of tokenising, on the clock and of processors, and of the whole way, for each set and tokenizer."""
     inputs = list(pairs(settings))
 
     def measure() -> Answer:
         answer: Answer = {}
         for name, cfg, tokenizer in inputs:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), os.times()
             examples = data.load(replace(cfg, num_workers=num_workers), tokenizer, settings.max_seq_len)
-            answer[f"{name} tokenising"] = time.perf_counter() - start
+            answer[f"{name} tokenising"], after = time.perf_counter() - start, os.times()
+            answer[f"{name} own"] = after.user + after.system - before.user - before.system
+            answer[f"{name} workers"] = (
+                after.children_user + after.children_system - before.children_user - before.children_system
+            )
             computed = sum(tokens.numel() for tokens in ours(settings, examples, packed=True))
             answer[f"{name} seconds"] = time.perf_counter() - start
             answer[f"{name} tokens"] = examples.num_tokens
@@ -188,10 +193,12 @@ def print_from_rows(answers: dict[str, list[Answer]]) -> None:
         rows.append([name, f"{tokens:.2f}"])
         for found in answers.values():
             rows[-1].append(f"{tokens / harness.median(found, f'{name} seconds'):.2f}")
+            own, workers = (harness.median(found, f"{name} {who}") for who in ("own", "workers"))
+            rows[-1].append(f"{own:.2f}" + (f" + {workers:.2f}" if workers else ""))
         rows[-1] += [f"{harness.ratio(first, found, f'{name} tokenising'):.2f}" for found in others]
         rows[-1] += [f"{first[0][f'{name} {how}']:.1%}" for how in ("packed", "grouped", "random")]
-    rates = [f"millions/s, {FROM_ROWS[name].title}" for name in answers]
-    ratios = ["tokenising, ratio"] * len(others)
+    rates = [cell for name in answers for cell in (f"millions/s, {FROM_ROWS[name].title}", "CPU-s of tokenising")]
+    ratios = ["s of tokenising, ratio"] * len(others)
     harness.print_table(["", "million tokens", *rates, *ratios, "packed", "grouped", "random order"], rows)
     print()
 
