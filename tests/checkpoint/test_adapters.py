@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,8 +29,6 @@ from kdtune.checkpoint import (
     save_model,
 )
 from kdtune.models import Decoder, LoraConfig, from_hf_config
-
-peft = pytest.importorskip("peft")
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}  # on logits of about 3
