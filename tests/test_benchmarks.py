@@ -73,6 +73,11 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("gradient_error.py", "kdtune dense", "--tokens 12 --vocabulary 50 --hidden 8"),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
+        (
+            "adapters.py",
+            "all lora dora",
+            "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --layers 1 --rank 2",
+        ),
         ("step.py", "kdtune", "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --teacher-hidden 32 --layers 1"),
     ],
 )

@@ -154,7 +154,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def describe_machine(settings: argparse.Namespace) -> str:
     """Device, threads and the versions of what is measured."""
-    packages = ("torch", "tokenizers", "transformers", "trl", "liger-kernel", "nvidia-modelopt", "torchtune")
+    packages = ("torch", "tokenizers", "transformers", "trl", "liger-kernel", "nvidia-modelopt", "torchtune", "peft")
     found = importlib.metadata.distributions()
     installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in found}
     versions = ", ".join(f"{package} {installed[package]}" for package in packages if package in installed)

@@ -159,7 +159,8 @@ class Watch(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if function._overloadname in ("default", "out") and function._opname in ("mm", "addmm", "bmm"):
             self.products.append(tuple(x.dtype for x in args if isinstance(x, Tensor)))
-        if isinstance(out, Tensor) and not out._is_view():
+        storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in storages:  # no view
             self.made.add(tuple(out.shape))
         return out
 
@@ -191,6 +192,26 @@ def test_a_frozen_head_costs_no_gradient_of_its_weight(dtype: torch.dtype) -> No
     flops, made = flops_and_shapes(with_adapter)
     assert flops == 2 * product + 3 * 2 * 32 * 4 * (512 + 64), "and three products each with A and with B"
     assert dtype == torch.bfloat16 or (512, 64) not in made
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "embedding and head"])
+def test_nothing_of_a_weight_s_size_is_made(kind: str) -> None:
+    """Neither gradients of the frozen weights, nor a product of A and B."""
+    model = adapted(tiny(), **KINDS[kind])
+    tokens = torch.randint(512, (1, 10), generator=torch.Generator().manual_seed(0))
+    with Watch() as watch:
+        losses.distillation_loss(model.hidden(tokens), model.head, tokens, 10).total.backward()
+    shapes = {shape for shape in models.parameter_shapes(model.config).values() if len(shape) == 2}
+    assert (10, 64) in watch.made
+    assert not shapes & watch.made
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"dropout": 0.1}])
+def test_a_layer_with_adapters_is_one_graph(settings: dict[str, Any]) -> None:
+    layer = adapted(tiny(), **settings).model.layers[0].eval()
+    inputs = (torch.ones(1, 3, 64), *(torch.ones(1, 1, 3, 16),) * 2, None, None)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), layer(*inputs))
 
 
 def test_bf16_is_multiplied_and_float32_is_trained() -> None:
