@@ -72,6 +72,7 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             "--tokens 12 --vocabulary 50 --hidden 8 --teacher-hidden 16 --ignored 0.5",
         ),
         ("gradient_error.py", "kdtune dense", "--tokens 12 --vocabulary 50 --hidden 8"),
+        ("optimizers.py", "torch fp32 8bit_stochastic", "--vocabulary 512 --hidden 16 --layers 1"),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
         (
             "adapters.py",

@@ -16,7 +16,7 @@ Rounding = Callable[[Tensor, Tensor], object]  # (float32 value, where the round
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have a sign
 # Weights that are in float32 at one time: on the CPU what its caches hold, on a GPU what keeps it busy.
-BLOCK, BLOCK_ON_GPU = 2**18, 2**22
+BLOCK, BLOCK_ON_GPU = 2**18, 2**24
 
 
 class AdamW(torch.optim.Optimizer):
@@ -57,7 +57,7 @@ class AdamW(torch.optim.Optimizer):
         self._norms: dict[int, Tensor] = {}  # of gradients that a step in the backward has freed
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Every parameter with a gradient takes its step."""
         waiting = [parameter for parameter in self._groups if parameter.grad is not None]
         # All copies to the host are asked for before the first one is waited for.
@@ -139,46 +139,38 @@ class AdamW(torch.optim.Optimizer):
             return
         if copies is None:
             assert parameter.grad is not None
-            self._advance(parameter, parameter.detach(), parameter.grad)
+            # The kernel takes gradients to lie in memory as the weights do, and some are transposed.
+            self._advance(parameter, parameter.detach(), parameter.grad.contiguous())
         else:
             copies.ready.synchronize()
-            self._advance(parameter, copies.weight, copies.gradient)
+            self._advance(parameter, copies.weight, copies.gradient.contiguous())
             parameter.copy_(copies.weight, non_blocking=True)
 
     def _advance(self, parameter: Tensor, weight: Tensor, gradient: Tensor) -> None:
-        """Change `weight` and the state of `parameter`, a block at a time."""
+        """Change `weight` and the state of `parameter`."""
         state, group = self._state(parameter), self._groups[parameter]
         state["step"] += 1
-        kept = {key: tensor for key, tensor in state.items() if key != "step"}
         step = torch.full((), float(state["step"]), device=weight.device)
+        adamw = functools.partial(_fused_adamw, step=step, group=group)
+        kept = {key: tensor for key, tensor in state.items() if key != "step"}
+        if self._precision != "stochastic" and all(tensor.dtype == weight.dtype for tensor in kept.values()):
+            adamw(weight, gradient, *kept.values())
+            return
+
         rounding = self._rounding(self._index[parameter], state["step"], weight.device)
         size = BLOCK if weight.device.type == "cpu" else BLOCK_ON_GPU
         # Codes and scales are fewer than weights, in a ratio that divides a block.
-        flat = [tensor.view(-1) for tensor in (weight, gradient.contiguous(), *kept.values())]
+        flat = [tensor.view(-1) for tensor in (weight, gradient, *kept.values())]
         pieces = [tensor.split(size * tensor.numel() // weight.numel()) for tensor in flat]
         for weights, gradients, *others in zip(*pieces, strict=True):
             block = dict(zip(kept, others, strict=True))
             rest = block.get("rest")
             value = widen(weights) if rest is None else join(weights, rest)
             scales = {key: block.get(f"{key}_scale") for key in MOMENTS}
-            first, second = (moments.read(block[key], scales[key], signed=MOMENTS[key]) for key in MOMENTS)
-            torch._fused_adamw_(
-                [value],
-                [gradients.to(value.dtype)],
-                [first],
-                [second],
-                [],
-                [step],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            for key, moment in zip(MOMENTS, (first, second), strict=True):
-                moments.write(moment, block[key], scales[key], signed=MOMENTS[key], rounding=rounding)
+            floats = {key: moments.read(block[key], scales[key], signed=signed) for key, signed in MOMENTS.items()}
+            adamw(value, gradients, *floats.values())
+            for key, signed in MOMENTS.items():
+                moments.write(floats[key], block[key], scales[key], signed=signed, rounding=rounding)
             if rest is not None:
                 split(value, weights, rest)
             elif weights.dtype != value.dtype:
@@ -196,6 +188,16 @@ class _Copies(NamedTuple):
     weight: Tensor
     gradient: Tensor
     ready: torch.Event
+
+
+def _fused_adamw(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, step: Tensor, group: dict[str, Any]
+) -> None:
+    """One step in place; weight and moments are of one dtype, and the kernel computes in float32 whatever it is."""
+    beta1, beta2 = group["betas"]
+    settings = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+    tensors = [[weight], [gradient.to(weight.dtype)], [first], [second], [], [step]]
+    torch._fused_adamw_(*tensors, beta1=beta1, beta2=beta2, **settings, amsgrad=False, maximize=False)
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,8 +61,8 @@ def backward(model: nn.Module, step: int) -> None:
 
 def train(model: nn.Module, optimizer: optim.AdamW, steps: range) -> None:
     for step in steps:
-        backward(model, step)
         optim.set_lr(optimizer, 0.01 / step)
+        backward(model, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -473,6 +474,33 @@ def test_gradients_may_be_wider_than_weights(
                 parameter.grad = gradient.to(parameter.grad_dtype)
             optimizer.step()
     assert_same(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_steps_on_copies_are_the_same(
+    precision: adamw.Precision, in_backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's host computes, without a GPU: weights come back, the state stays."""
+    copied = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(
+        adamw.AdamW,
+        "_copies",
+        lambda self, parameter: (
+            adamw._Copies(parameter.detach().clone(), parameter.grad.clone(), copied) if self._offload else None
+        ),
+    )
+    here, there = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    optimizers = [
+        build_optimizer(model, OptimizerConfig(precision=precision, offload=offload))
+        for model, offload in ((here, False), (there, True))
+    ]
+    if in_backward:
+        optimizers[1].step_in_backward()
+    for model, optimizer in zip((here, there), optimizers, strict=True):
+        train(model, optimizer, range(1, 4))
+    assert_same(here.state_dict(), there.state_dict())
+    assert_same(optimizers[0].state_dict()["state"], optimizers[1].state_dict()["state"])
 
 
 # On meta, for a plan.
