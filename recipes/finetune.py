@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from kdtune import (
     checkpoint,
@@ -34,6 +35,7 @@ from kdtune import (
     models,
     optim,
     preflight,
+    profiling,
     tokenizers,
 )
 from kdtune.config import MISSING, setting
@@ -81,6 +83,7 @@ class Config:
     run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
     log_every_n_steps: int = setting(1, gt=0)  # optimizer steps between lines in metrics.jsonl
     metric_logger: metrics.MetricLoggerConfig = setting(metrics.MetricLoggerConfig)  # other places for metrics
+    profiler: profiling.ProfilerConfig = setting(profiling.ProfilerConfig)  # a record of what some steps do
     sample_prompts: list[str] = setting([])  # texts that the model continues greedily at the end
     sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
 
@@ -103,7 +106,8 @@ def main(cfg: Config) -> None:
         logger.log(0, validate(cfg, inputs, model))
 
     throughput = metrics.Throughput()
-    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar:
+    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", inputs.device, run.step)
+    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
@@ -133,6 +137,7 @@ def main(cfg: Config) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = step
+            profiler.step()
             bar.update()
 
             if inputs.val_batches and (last or (cfg.run_val_every_n_steps and step % cfg.run_val_every_n_steps == 0)):
@@ -197,9 +202,12 @@ def forward_backward(
     loss_sum = torch.zeros((), device=device)
     for batch in micro_batches:
         batch = batch.to(device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-        loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
-        loss.total.backward()
+        with record_function("model"):
+            hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+        with record_function("loss"):
+            loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
+        with record_function("backward"):
+            loss.total.backward()
         loss_sum += loss.total.detach()
     return loss_sum
 
@@ -290,6 +298,7 @@ def check(cfg: Config) -> Inputs:
     preflight.check_disk_space(output_dir, needed)
 
     loaded = load_data(cfg, tokenizer, model.vocab_size)
+    profiling.check_profiler(cfg.profiler, loaded.num_steps)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 

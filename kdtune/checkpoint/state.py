@@ -36,7 +36,7 @@ class Stateful(Protocol):
 STATE_FILE = "training_state.pt"
 _MARK = "versions.json"  # written first, so that a folder without it holds no run
 _FINISHED = ("model", "adapter")
-_RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "metrics.jsonl")
+_RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "profile", "metrics.jsonl")
 _WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
 _FOLDER = re.compile(r"step_(\d+)")
 

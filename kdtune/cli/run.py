@@ -1,6 +1,8 @@
 """`kdtune run`: a recipe with its settings; and `kdtune run <recipe> --help`, what those are."""
 
+import os
 import shutil
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,17 +27,38 @@ def main(argv: Sequence[str]) -> None:
     if call is None:
         parser.print_help()
         return
+    has_chosen = _choose_allocator()
     module = recipe.load_module(call.recipe)
     if call.options.help:
         print("\n".join(_help(call, module)))
         return
     cfg = recipe.settings(module, call)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code that it came from
+    if has_chosen and str(getattr(cfg, "device", "")).startswith("cuda"):
+        print(f"allocator {_ALLOCATOR}={os.environ[_ALLOCATOR]}, which an environment variable of your own replaces")
     if call.options.dry_run:
         module.check(cfg)
         print("Dry run: everything is in order, nothing was trained.")
     else:
         module.main(cfg)
+
+
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"  # torch 2.11 to 2.13 also read the two older names
+
+
+def _choose_allocator() -> bool:
+    """Let torch grow the segments of memory that it has on CUDA, so that batches of many lengths leave no gaps in it.
+
+    torch reads the environment once, so this comes before it is imported.
+
+    Returns:
+        Whether it was left to us.
+    """
+    names = (_ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return False
+    os.environ[_ALLOCATOR] = "expandable_segments:True"
+    return True
 
 
 def _help(call: recipe.Call, module: ModuleType) -> Iterator[str]:

@@ -136,3 +136,30 @@ def test_from_the_shell(tmp_path: Path, shipped: Path) -> None:
     command = [sys.executable, "-m", "kdtune", "run", "mine.py", "output_dir=a b", "dataset.source=[x]", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "checked ['output_dir', 'batch_size', 'dataset', 'dataset_val']" in done.stdout
+
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments grow on Linux")
+@pytest.mark.parametrize("own", [None, *NAMES])
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_segments_of_the_allocator_grow_unless_the_user_chose(
+    device: str, own: str | None, shipped: Path, kdtune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = shipped / "distil.py"
+    seen_on_import = f"import os\nseen = [os.environ.get(name) for name in {NAMES}]\n"
+    text = recipe.read_text().replace("    batch_size", f'    device: str = "{device}"  # where\n    batch_size', 1)
+    recipe.write_text(text.replace("from dataclasses", seen_on_import + "from dataclasses", 1) + "    print(seen)\n")
+    for name in NAMES:
+        monkeypatch.setenv(name, "garbage_collection_threshold:0.8")
+        if name != own:
+            monkeypatch.delenv(name)
+    status, out, err = kdtune("run", "distil", "--config", "tiny")
+    assert (status, err) == (0, "")
+    if own is None:
+        assert "['expandable_segments:True', None, None]" in out
+        assert out.count("expandable_segments:True, which") == (device == "cuda:1")
+    else:
+        assert str([("garbage_collection_threshold:0.8" if name == own else None) for name in NAMES]) in out
+        assert "expandable" not in out
