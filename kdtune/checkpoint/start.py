@@ -78,9 +78,8 @@ def check_start(
     if not cfg.random_weights and (resume_from is None or lora is not None):
         check_files(cfg.checkpoint_dir, whole)
     if lora is not None:
-        for folder in (lora.start_from, resume_from):
-            if folder is not None:
-                check_adapter(folder, from_hf_config(config), lora)
+        if (folder := resume_from or lora.start_from) is not None:
+            check_adapter(folder, from_hf_config(config), lora)
     elif resume_from is not None:
         if (resume_from / SETTINGS).is_file():
             raise ValueError(f"{resume_from} holds an adapter, since the run began with lora. Restore these settings.")

@@ -11,8 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdtune.checkpoint import check_files, load_model, read_config, save_model
-from kdtune.models import Decoder, dequantize, from_hf_config, num_bytes, quantized_shapes
+from kdtune.checkpoint import check_files, load_model, read_config, save_adapter, save_model
+from kdtune.models import (
+    Decoder,
+    LoraConfig,
+    add_lora,
+    dequantize,
+    from_hf_config,
+    merged,
+    num_bytes,
+    quantized_shapes,
+    trained_parameters,
+)
 
 E4M3 = torch.float8_e4m3fn
 TOKENS = torch.arange(24).view(2, 12)
@@ -187,6 +197,22 @@ def test_fp8_stays_fp8_where_it_is_asked_for(name: str, quantised: Quantised) ->
         is_kept = "int" not in name and (name != "deepseek" or len(weight) % 40 == 0)
         assert torch.equal(dequantize(weight), full) == is_kept
         assert (dequantize(weight) - full).norm() < 0.03 * full.norm()
+
+
+def test_an_adapter_is_merged_into_what_numbers_stand_for(quantised: Quantised, tmp_path: Path) -> None:
+    folder, weights = quantised("deepseek")
+    lora = LoraConfig(rank=4, target_modules=["q_proj"])
+    model = load(folder)
+    add_lora(model, lora, seed=0)
+    for parameter in trained_parameters(model).values():
+        parameter.data += 0.05
+    save_adapter(model, tmp_path, lora, base=str(folder))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    expected = merged(model, name)
+    assert (expected - weights[name]).abs().max() > 0.01
+    torch.testing.assert_close(load(folder, adapter_dir=tmp_path).get_parameter(name), expected, atol=1e-6, rtol=0)
+    in_few_bits = load(folder, adapter_dir=tmp_path, quantization="fp8").get_parameter(name)
+    assert (dequantize(in_few_bits) - expected).norm() < 0.03 * expected.norm(), "not the stored numbers themselves"
 
 
 def test_a_student_that_starts_there_is_saved_as_what_it_is(quantised: Quantised, tmp_path: Path) -> None:

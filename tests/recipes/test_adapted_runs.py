@@ -120,6 +120,25 @@ def test_resumed_equals_uninterrupted(recipe: Recipe, tiny: Path, tmp_path: Path
         assert all(torch.equal(one[key], other[key]) for key in other if isinstance(other[key], torch.Tensor))
 
 
+def test_without_the_teacher_it_is_fine_tuning(tiny: Path, tmp_path: Path) -> None:
+    settings = [*LORA, "lora.dropout=0.2"]
+    alone, with_teacher = (
+        finetune(tiny, tmp_path / "a", *settings),
+        distil(tiny, tmp_path / "b", *settings, "kd_ratio=0"),
+    )
+    assert [line["loss"] for line in tiny_runs.steps(alone)] == [line["loss"] for line in tiny_runs.steps(with_teacher)]
+    assert same_adapter(alone, with_teacher)
+
+
+def test_steps_in_the_backward_are_the_same_steps(tiny: Path, tmp_path: Path) -> None:
+    """Also of an adapter that embedding and head share."""
+    tied = tiny_runs.write_model(tmp_path / "tied", seed=1, num_hidden_layers=1, tie_word_embeddings=True)
+    settings = [f"checkpointer.checkpoint_dir={tied}", *LORA, "lora.target_modules=[all-linear,lm_head]"]
+    settings += ["gradient_accumulation_steps=1", "clip_grad_norm=null"]
+    after, within = (finetune(tiny, tmp_path / x, *settings, f"optimizer_in_bwd={x}") for x in ("false", "true"))
+    assert same_adapter(after, within)
+
+
 def test_watching_changes_nothing(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
     """Also where dropout draws random numbers in training: a validation has none and draws none."""
     settings = [*LORA, "lora.dropout=0.5"]
