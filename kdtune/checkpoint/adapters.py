@@ -128,7 +128,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     names = {key: name for name, key in _TRANSPOSED.items()}
     for key, place in read_header(folder / WEIGHTS).items():
         name = key.removeprefix(_PREFIX)
-        name = names.get(name, name).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        name = names.get(name, name)
         if not name.endswith(".base_layer.weight"):  # PEFT's copy of a frozen embedding
             stored[name] = place
     adapter = Adapter(folder, settings, stored)
@@ -272,6 +272,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         hint = ""
         if (folder / "config.json").is_file():
             hint = " It has a whole model: give it as checkpoint_dir."
+        elif not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            hint = f" A name on the hub is fetched by kdtune download {folder} --output-dir <folder>."
         raise FileNotFoundError(f"{folder} has no {SETTINGS}, so there is no adapter.{hint}")
     if not (folder / WEIGHTS).is_file():
         hint = ""

@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
         )
     size = sum(file.stat().st_size for file in files) / 1e9
     print(f"{arguments.repo} is in {arguments.output_dir}: {len(files)} files, {size:.2f} GB. Use it with:")
-    print(f"  checkpointer.checkpoint_dir={arguments.output_dir}")
+    is_adapter = (arguments.output_dir / "adapter_config.json").exists()
+    print(f"  checkpointer.{'adapter_dir' if is_adapter else 'checkpoint_dir'}={arguments.output_dir}")
 
 
 def _fetch(

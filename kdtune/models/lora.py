@@ -26,6 +26,7 @@ from kdtune.models.quantization import Quantization, dequantize, frozen_linear, 
 
 ALL_LINEAR = "all-linear"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_LEAST = 1e-30  # of a row's squared length: rows of zeros stay zeros
 
 
 @dataclass
@@ -79,7 +80,8 @@ class LoraLinear(nn.Linear):
 
     def down(self, x: Tensor) -> Tensor:
         """scale * A x, with dropout in training: [..., r]."""
-        x = F.dropout(x, self.dropout, self.training)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         return F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale
 
     def factors(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -95,7 +97,7 @@ class LoraLinear(nn.Linear):
         a, b = self.lora_A.weight, self.lora_B.weight * self.scale
         products = frozen_linear(a.to(self.weight.dtype), self.weight).T.to(a.dtype)  # W A^T, [o, r]
         squares = self.square_lengths + 2 * (products * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-        return squares.clamp(min=0).sqrt()
+        return squares.clamp(min=_LEAST).sqrt()
 
 
 class LoraEmbedding(nn.Embedding):
@@ -195,7 +197,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor 
     """
     weight.addmm_(b, a, alpha=scale)
     if magnitude is not None:
-        weight.mul_((magnitude / weight.norm(dim=dim)).unsqueeze(dim))
+        weight.mul_((magnitude / weight.norm(dim=dim).clamp(min=_LEAST**0.5)).unsqueeze(dim))
 
 
 def _wide(weight: Tensor, copy: bool = False) -> Tensor:

@@ -298,6 +298,11 @@ def test_damage(adapter: Path, hf_folder: Callable[..., Path], tmp_path: Path) -
         read(hf_folder("llama"), hf_folder)
 
 
+def test_a_name_on_the_hub_is_to_be_fetched(hf_folder: Callable[..., Path]) -> None:
+    with pytest.raises(FileNotFoundError, match="kdtune download owner/adapter --output-dir"):
+        read(Path("owner/adapter"), hf_folder)
+
+
 def test_numbers_that_are_none_are_not_written(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
     lora = LoraConfig(rank=4)
     model = adapted(hf_folder("llama"), lora)

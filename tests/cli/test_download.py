@@ -45,6 +45,12 @@ def test_defaults(hub: dict[str, Any], kdtune: Run, tmp_path: Path) -> None:
     )
 
 
+def test_an_adapter_is_used_as_one(hub: dict[str, Any], kdtune: Run, tmp_path: Path) -> None:
+    hub["files"] = ["adapter_config.json", "adapter_model.safetensors"]
+    _, out, _ = kdtune("download", "owner/adapter", "--output-dir", str(tmp_path / "adapter"))
+    assert f"checkpointer.adapter_dir={tmp_path / 'adapter'}" in out
+
+
 def test_default_patterns() -> None:
     files = [
         "config.json",

@@ -126,6 +126,18 @@ def test_merged_equals_applied(family: str, kind: str, hf_folder: Callable[..., 
     torch.testing.assert_close(plain(TOKENS), model(TOKENS), atol=1e-5, rtol=0)
 
 
+def test_rows_of_zeros_stay_zeros() -> None:
+    """Their length of 0 divides nothing."""
+    model = tiny()
+    model.model.layers[0].mlp.up_proj.weight.data[3] = 0
+    models.add_lora(model, LoraConfig(rank=4, use_dora=True), seed=0)
+    layer, x = model.model.layers[0].mlp.up_proj, torch.ones(1, 64)
+    layer(x).sum().backward()
+    assert layer(x)[0, 3] == 0
+    assert not models.merged(model, "model.layers.0.mlp.up_proj.weight")[3].any()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["plain", "dora", "embedding and head"])
 def test_the_objective_sees_the_adapter_of_the_head(kind: str) -> None:
     """The loss makes logits by itself, of what `factors` gives it."""
