@@ -10,7 +10,7 @@ whose gradient was small beside the others of its block, and is 0 now, takes a s
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +49,10 @@ def read(moment: Tensor, scale: Tensor | None, *, signed: bool) -> Tensor:
         return widen(moment)
     if moment.dtype == torch.float8_e4m3fn:
         decoded = moment.float()
-    elif _is_packed(moment, scale):
-        decoded = _table(4, signed, moment.device)[0][torch.stack([moment >> 4, moment & 15], dim=-1).int()]
     else:
-        decoded = _table(8, signed, moment.device)[0][moment.int()]
+        packed = _is_packed(moment, scale)
+        codes = torch.stack([moment >> 4, moment & 15], dim=-1).view(-1) if packed else moment
+        decoded = _table(4 if packed else 8, signed, moment.device).values.index_select(0, codes.int())
     return (decoded.view(len(scale), -1) * scale[:, None]).view(-1)
 
 
@@ -71,8 +71,7 @@ def write(
         moment.copy_((blocks / scale[:, None]).view(-1))
     else:
         packed = _is_packed(moment, scale)
-        middles = _table(4 if packed else 8, signed, moment.device)[1]
-        codes = torch.bucketize((blocks / scale[:, None]).view(-1), middles, out_int32=True, right=True)
+        codes = _table(4 if packed else 8, signed, moment.device).nearest((blocks / scale[:, None]).view(-1))
         moment.copy_(codes[::2] << 4 | codes[1::2] if packed else codes)
     if not signed and not _is_packed(moment, scale):
         moment.view(torch.uint8).clamp_(min=1)  # in both formats code 0 is the value 0, and code 1 the next one
@@ -96,14 +95,31 @@ def _is_packed(moment: Tensor, scale: Tensor) -> bool:
     return len(moment) == len(scale) * BLOCK_SIZES["adamw_4bit"] // 2
 
 
+class _Table(NamedTuple):
+    """What the codes of a format stand for, and what finds the nearest one without a search."""
+
+    values: Tensor  # of each code, ascending
+    middles: Tensor  # between each value and the next; infinity after the last
+    lowest: Tensor  # by the upper half of a float32's bits, the code of the lowest number that has these
+
+    def nearest(self, value: Tensor) -> Tensor:
+        # No two middles are so close that numbers between them have the same upper half.
+        upper = (value.view(torch.int32) >> 16).bitwise_and_(2**16 - 1)
+        codes = self.lowest.index_select(0, upper)
+        return codes + (value >= self.middles.index_select(0, codes))
+
+
 @functools.cache
-def _table(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the codes stand for, ascending, and the middles between one and the next."""
+def _table(bits: int, signed: bool, device: torch.device) -> _Table:
     if bits == 4 and not signed:
         values = torch.linspace(0, 1, 17)[1:]
     else:
         values = _dynamic_values(bits - 1, 7 if bits == 8 else 3, signed)
-    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
+    middles = (values[1:] + values[:-1]) / 2
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    smallest = torch.where(upper < 0, upper | (2**16 - 1), upper).view(torch.float32)
+    lowest = torch.bucketize(smallest, middles, out_int32=True, right=True)
+    return _Table(*(tensor.to(device) for tensor in (values, torch.cat([middles, torch.tensor([torch.inf])]), lowest)))
 
 
 def _dynamic_values(bits: int, exponents: int, signed: bool) -> Tensor:
@@ -118,6 +134,6 @@ def _dynamic_values(bits: int, exponents: int, signed: bool) -> Tensor:
     for exponent in range(exponents):
         parts = 2 ** (exponent + bits - exponents) * (1 if signed else 2)
         edges = torch.linspace(0.1, 1, parts + 1)
-        middles = 10.0 ** (exponent + 1 - exponents) * (edges[1:] + edges[:-1]) / 2
-        values += [middles, -middles] if signed else [middles]
+        centres = 10.0 ** (exponent + 1 - exponents) * (edges[1:] + edges[:-1]) / 2
+        values += [centres, -centres] if signed else [centres]
     return torch.cat(values).sort().values

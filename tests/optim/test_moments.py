@@ -58,6 +58,23 @@ def test_codes_and_values_are_those_of_torchao(name: moments.Name, signed: bool)
     torch.testing.assert_close(found[~is_lifted], expected[~is_lifted], rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_code_that_is_looked_up_is_the_nearest(bits: int, signed: bool) -> None:
+    """At the ends of all ranges that the table knows, at the middles between codes, and around both."""
+    table = moments._table(bits, signed, CPU)
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    ends = torch.cat([upper, upper | (2**16 - 1)]).view(torch.float32)
+    value = torch.cat([ends[ends.abs() <= 1], table.middles[:-1], table.values, torch.rand(10**5) * 2 - 1])
+    value = torch.cat([value, value.nextafter(torch.ones(1)), value.nextafter(-torch.ones(1))])
+    expected = torch.bucketize(value, table.middles[:-1], right=True)
+    assert torch.equal(table.nearest(value).long(), expected)
+    some = torch.randperm(len(value))[:5000]
+    distance = (value[some, None].double() - table.values.double()).abs()
+    chosen = distance.gather(1, expected[some, None])[:, 0]
+    torch.testing.assert_close(chosen, distance.amin(dim=1), rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", CODED)
 def test_a_second_moment_is_not_rounded_to_nothing(name: moments.Name) -> None:
     value = draw(signed=False)

@@ -120,6 +120,26 @@ def test_a_run_resumes(optimizer: list[str], tiny: Path, tmp_path: Path, monkeyp
     tiny_runs.assert_same_run(whole, finetune(tiny, tmp_path / "resumed", *settings, "resume_from_checkpoint=true"))
 
 
+def test_they_learn_alike(tiny: Path, tmp_path: Path) -> None:
+    """Ten rows by heart: from 7.7 nats to 1.6, with moments of 8 bits as with float32 weights."""
+    ways = {
+        "float32": ["dtype=fp32"],
+        "masters": ["dtype=bf16"],
+        "stochastic": ["dtype=bf16", "optimizer.precision=stochastic"],
+        "8bit": ["dtype=bf16", "optimizer.name=adamw_8bit"],
+        "fp8": ["dtype=bf16", "optimizer.name=adamw_fp8"],
+    }
+    start = [f"checkpointer.checkpoint_dir={tiny / 'teacher'}", "epochs=8", "lr_scheduler.num_warmup_steps=2"]
+    losses = {
+        name: [line["loss"] for line in tiny_runs.steps(finetune(tiny, tmp_path / name, *start, *settings))]
+        for name, settings in ways.items()
+    }
+    assert losses["float32"][0] > 7
+    assert losses["float32"][-1] < 1.7
+    for name in ways:
+        assert losses[name][-1] == pytest.approx(losses["float32"][-1], rel=0.01), name
+
+
 def test_sums_of_micro_batches_are_float32(
     recipe: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
