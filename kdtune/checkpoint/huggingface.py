@@ -29,6 +29,7 @@ from kdtune.models import (
     QATConfig,
     Quantization,
     from_hf_config,
+    is_quantized,
     merged,
     parameter_shapes,
     quantize_linear,
@@ -216,6 +217,8 @@ def load_model(
                 weight = stored_fp8(*read_fp8(place, weight.device, buffer), dtype)
             else:
                 read_into(place, weight, buffer)
+            if name in quantized and not is_quantized(weight) and not weight.isfinite().all():
+                raise ValueError(f"{folder}: {name} holds numbers that are not finite, which rounding could hide.")
         if quantization is not None and name in quantized:
             quantize_linear(model, name.removesuffix(".weight"), weight, quantization)
         else:

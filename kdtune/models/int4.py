@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchao.quantization import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
 from torchao.utils import TorchAOBaseTensor
 
 GROUP = 32  # neighbours in a row that share scale and zero point
@@ -55,9 +55,11 @@ class Int4Tensor(TorchAOBaseTensor):
 
     def dequantize(self) -> Tensor:
         """[n, d], in the weight's dtype."""
-        codes = torch.stack([self.codes >> 4, self.codes & 15], dim=-1).flatten(1)
-        block = (1, GROUP)
-        return dequantize_affine(codes, block, self.scale, self.zero_point, torch.uint8, 0, 15, output_dtype=self.dtype)
+        n, half = self.codes.shape
+        weight = torch.empty(n, half, 2, dtype=self.dtype, device=self.codes.device)
+        weight[..., 0], weight[..., 1] = self.codes >> 4, self.codes & 15
+        groups = weight.view(n, -1, GROUP).sub_(self.zero_point[..., None]).mul_(self.scale[..., None])
+        return groups.view(n, 2 * half)
 
 
 torch.serialization.add_safe_globals([Int4Tensor])  # so that torch.load with weights_only reads it

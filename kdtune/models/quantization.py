@@ -154,10 +154,24 @@ def stored_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize(weight: Any) -> Tensor:
-    """What a weight of `quantize` stands for, [n, d], in the dtype that it had."""
-    if hasattr(type(weight), "get_original_weight"):  # nf4
-        return weight.to(weight.dtype)
+    """What a weight of `quantize` stands for, [n, d], in the dtype that it had.
+
+    To the bit what torchao makes of it, with a third of the memory that is written on the way.
+    """
+    if hasattr(type(weight), "get_original_weight"):
+        return _dequantize_nf4(weight)
+    if "qdata" in type(weight).tensor_data_names and weight.scale.shape == (weight.shape[0], 1):  # int8, fp8
+        return weight.qdata.to(weight.dtype).mul_(weight.scale)
     return weight.dequantize()
+
+
+def _dequantize_nf4(weight: Any) -> Tensor:
+    levels = weight.nf4
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # [256, 2], of each byte
+    block = weight.scaler_block_size
+    scales = weight.dequantize_scalers(weight.quantized_scalers, weight.quantization_factor, block)
+    blocks = pairs[weight.quantized_data.int()].view(-1, weight.block_size)
+    return blocks.mul_(scales[:, None]).view(weight.shape)
 
 
 def num_bytes(weight: Any) -> int:
@@ -212,16 +226,8 @@ def quantize_linear(model: nn.Module, name: str, weight: Tensor, kind: Quantizat
     """Replace the linear layer `name` of a model, which may be on `meta`, by one that stores `weight` in few bits.
 
     A weight that is quantised already stays as it is.
-
-    Raises:
-        ValueError: the weight is not finite, which rounding could hide.
     """
-    if not is_quantized(weight):
-        if not weight.is_meta and not weight.isfinite().all():
-            raise ValueError(
-                f"{name}.weight holds numbers that are not finite: rounding could hide it. Is the file broken?"
-            )
-        weight = quantize(weight, kind)
+    weight = weight if is_quantized(weight) else quantize(weight, kind)
     owner, _, attribute = name.rpartition(".")
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)

@@ -447,6 +447,13 @@ def test_quantising_never_holds_the_model(hf_folder: Callable[..., Path], monkey
     assert most <= 4
 
 
+def test_rounding_hides_no_broken_weight(hf_folder: Callable[..., Path]) -> None:
+    folder, name = hf_folder("llama"), "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda weights: weights[name].view(-1)[3].fill_(torch.nan))
+    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite"):
+        load(folder, quantization="int8")
+
+
 def test_on_meta_nothing_is_read_but_the_config(hf_folder: Callable[..., Path]) -> None:
     folder = hf_folder("llama")
     expected = {name: parameter.shape for name, parameter in load(folder).named_parameters()}
