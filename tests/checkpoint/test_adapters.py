@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kdtune import models
 from kdtune.checkpoint import (
     CheckpointerConfig,
     StartCheckpointerConfig,
+    adapters,
     check_lora,
     check_start,
     load_adapter,
@@ -28,6 +30,7 @@ from kdtune.checkpoint import (
     save_adapter,
     save_model,
 )
+from kdtune.checkpoint.weights import StoredTensor, read_into
 from kdtune.models import Decoder, LoraConfig, from_hf_config
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -182,6 +185,28 @@ def test_merging_is_in_float32_and_rounds_once(hf_folder: Callable[..., Path], t
     save_adapter(model, tmp_path, lora, base=str(folder))
     for name, weight in load(folder, torch.bfloat16, adapter_dir=tmp_path).named_parameters():
         assert torch.equal(weight, models.merged(model, name).bfloat16())
+
+
+def test_merging_holds_one_weight_more(
+    hf_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is wider than the model, when a weight is read, there is nothing else."""
+    folder, lora = hf_folder("llama"), LoraConfig(rank=4, **EVERYWHERE)
+    save_adapter(adapted(folder, lora), tmp_path, lora, base=str(folder))
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    held: list[list[torch.Size]] = []
+
+    def watch(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
+        if target.dtype == torch.float32:
+            alive.add(target)
+        held.append([tensor.shape for tensor in alive])
+        read_into(stored, target, buffer)
+
+    monkeypatch.setattr(adapters, "read_into", watch)
+    load(folder, torch.bfloat16, adapter_dir=tmp_path)
+    assert len(held) == 3 * (3 * 7 + 2), "each weight, its A and its B"
+    assert all(sum(4 not in shape for shape in shapes) == 1 for shapes in held)
+    assert max(map(len, held)) == 3
 
 
 def test_the_folder_is_that_of_peft(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
