@@ -9,6 +9,7 @@ import sys
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Dtype = Literal["bf16", "fp32"]
 MatmulPrecision = Literal["highest", "high", "medium"]
@@ -40,6 +41,14 @@ def resolve(device: str, setting: str = "device") -> torch.device:
     if (resolved.index or 0) >= count:
         raise ValueError(f"{setting}={device}, but there are {count} such devices here, numbered from 0.")
     return resolved
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; if it comes from the host, no one waits for the copy."""
+    target = torch.device(device)
+    if tensor.is_cpu and target.type not in ("cpu", "meta"):
+        tensor = tensor.pin_memory()  # which the device reads by itself
+    return tensor.to(target, non_blocking=target.type != "cpu")
 
 
 def check_compiler(device: torch.device) -> None:

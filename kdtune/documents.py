@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kdtune import devices
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -48,8 +50,8 @@ class Documents:
         return max(self.lengths)
 
     def to(self, device: torch.device | str) -> Documents:
-        """With `starts` on `device`; the copy does not wait for the device where the host memory is pinned."""
-        return replace(self, starts=self.starts.to(device, non_blocking=True))
+        """With `starts` on `device`; no one waits for the copy."""
+        return replace(self, starts=devices.send(self.starts, device))
 
     def positions(self) -> Tensor:
         """[b, s] int64, counted from 0 in each document."""

@@ -205,7 +205,7 @@ def forward_backward(
         with record_function("model"):
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
-            loss = objective(cfg, hidden, model.head, batch.labels, num_tokens)
+            loss = objective(cfg, hidden, model.head, batch, num_tokens)
         with record_function("backward"):
             loss.total.backward()
         loss_sum += loss.total.detach()
@@ -351,13 +351,14 @@ def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | No
     )
 
 
-def objective(cfg: Config, hidden: Tensor, head: nn.Linear, labels: Tensor, num_tokens: int) -> losses.Loss:
+def objective(cfg: Config, hidden: Tensor, head: nn.Linear, batch: data.Batch, num_tokens: int) -> losses.Loss:
     """loss = ce, for one micro-batch of a step with `num_tokens` labels."""
     return losses.distillation_loss(
         hidden,
         head,
-        labels,
+        batch.labels,
         num_tokens,
+        scored=batch.scored,
         label_smoothing=cfg.ce_loss.label_smoothing,
         z_loss=cfg.ce_loss.z_loss,
         chunk_size=cfg.loss_chunk_size,
@@ -375,7 +376,7 @@ def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, fl
         for batch in batches:
             batch = batch.to(inputs.device)
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
-            loss_sum += objective(cfg, hidden, model.head, batch.labels, num_tokens).ce
+            loss_sum += objective(cfg, hidden, model.head, batch, num_tokens).ce
         found[source] = {"val_loss": loss_sum.item()}, num_tokens
     model.train()
     return metrics.pool(found)

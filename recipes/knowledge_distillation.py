@@ -259,7 +259,7 @@ def forward_backward(
         with record_function("student"):
             hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
-            loss = objective(cfg, hidden, student.head, targets, batch.labels, num_tokens, progress)
+            loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress)
         with record_function("backward"):
             loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
@@ -421,7 +421,7 @@ def objective(
     hidden: Tensor,
     head: nn.Linear,
     targets: losses.Targets,
-    labels: Tensor,
+    batch: data.Batch,
     num_tokens: int,
     progress: float,
 ) -> losses.Loss:
@@ -430,9 +430,10 @@ def objective(
     return losses.distillation_loss(
         hidden,
         head,
-        labels,
+        batch.labels,
         num_tokens,
         targets,
+        scored=batch.scored,
         ce_weight=1 - cfg.kd_ratio,
         kd_weight=cfg.kd_ratio,
         divergence=losses.build_divergence(kd),
@@ -472,7 +473,14 @@ def evaluate(
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         # Of one token: sums, divided once at the end.
         loss = losses.distillation_loss(
-            hidden, student.head, batch.labels, 1, targets, chunk_size=cfg.loss_chunk_size, with_metrics=True
+            hidden,
+            student.head,
+            batch.labels,
+            1,
+            targets,
+            scored=batch.scored,
+            chunk_size=cfg.loss_chunk_size,
+            with_metrics=True,
         )
         values = (loss.ce, loss.kd, loss.agreement, loss.student_entropy, loss.teacher_ce, loss.teacher_entropy)
         sums += torch.stack(values)

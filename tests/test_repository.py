@@ -34,10 +34,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("reci
 MAY_IMPORT = {
     "config": set[str](),
     "losses": {"config"},
-    "documents": set[str](),
+    "devices": set[str](),
+    "documents": {"devices"},
     "models": {"config", "documents"},
     "tokenizers": {"config"},
-    "data": {"config", "documents", "tokenizers"},
+    "data": {"config", "devices", "documents", "tokenizers"},
     "teacher": {"config", "data", "devices", "losses", "models"},
     "checkpoint": {"config", "models", "tokenizers"},
     "generation": {"config", "documents", "models", "tokenizers"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdtune import devices
 from kdtune.documents import Documents
 
 IGNORE = -100  # the label of positions that are not scored
@@ -22,20 +23,22 @@ class Batch:
         labels: [b, s] int64, already shifted: the token that follows, or IGNORE (prompt, padding).
         positions: [b, s] int64, from 0 in each document.
         documents: where those of packed rows begin and end. None: each row is one document.
+        scored: [t] int64, which of the b * s positions have a label. None on the host, where it is found out.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     documents: Documents | None = None
+    scored: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; copies do not wait for the device where the host memory is pinned."""
+        """The batch on `device`; no one waits for the copies, nor later to learn which positions are scored."""
         documents = None if self.documents is None else self.documents.to(device)
-        tokens, labels, positions = (
-            tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels, self.positions)
-        )
-        return Batch(tokens, labels, positions, documents)
+        scored = (self.labels.flatten() != IGNORE).nonzero()[:, 0] if self.scored is None else self.scored
+        parts = (self.tokens, self.labels, self.positions)
+        tokens, labels, positions, scored = (devices.send(part, device) for part in (*parts, scored))
+        return Batch(tokens, labels, positions, documents, scored)
 
     @property
     def num_labels(self) -> int:

@@ -58,6 +58,7 @@ def distillation_loss(
     num_tokens: int | Tensor,
     targets: Targets | TopKTargets | None = None,
     *,
+    scored: Tensor | None = None,
     ce_weight: float = 1.0,
     kd_weight: float = 0.0,
     divergence: Divergence = forward_kl,
@@ -88,6 +89,7 @@ def distillation_loss(
         labels: [b, s], the token that each position is scored against, or `IGNORE`.
         num_tokens: labelled tokens of the whole optimizer step; every sum is divided by it once.
         targets: the teacher's distributions; None leaves the divergence out.
+        scored: [t] int64, which of the b * s positions have a label; None: looked for, for which a GPU has to wait.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the divergence.
         divergence: D; one of `divergences`, or a function of one's own through `by_autograd`.
@@ -132,8 +134,9 @@ def distillation_loss(
         with_metrics=with_metrics,
     )
     _check(hidden, labels, num_tokens, targets, teacher_share, kd_weight, balance, chunk_size, settings)
-    sweep = _Sweep(student, teacher, labels, num_tokens, teacher_share, settings, chunk_size, compile)
-    weights = torch.tensor([ce_weight, kd_weight], dtype=sweep.dtype, device=hidden.device)
+    sweep = _Sweep(student, teacher, labels, scored, num_tokens, teacher_share, settings, chunk_size, compile)
+    # Not torch.tensor, whose copy from the host waits for the device.
+    weights = torch.stack([hidden.new_full((), weight, dtype=sweep.dtype) for weight in (ce_weight, kd_weight)])
     kd_factor = torch.ones_like(weights[1])
     if balance:
         means = sweep(weights)
@@ -212,6 +215,7 @@ class _Sweep:
         student: Projection,
         teacher: Projection | TopKTargets | None,
         labels: Tensor,
+        scored: Tensor | None,
         num_tokens: int | Tensor,
         teacher_share: float,
         settings: rows.Settings,
@@ -220,10 +224,11 @@ class _Sweep:
     ):
         self.student = student
         self.labels = labels.flatten()[:, None]  # [b * s, 1]
+        self.scored = scored
         self.num_tokens = num_tokens
         self.settings = settings
         self.dtype = torch.float64 if student.inputs[0].dtype == torch.float64 else torch.float32
-        self.teacher_share = torch.tensor(teacher_share, dtype=self.dtype, device=labels.device)
+        self.teacher_share = torch.full((), teacher_share, dtype=self.dtype, device=labels.device)
         self.teacher = teacher if isinstance(teacher, Projection) else None
         self.top_k = teacher.flat(self.dtype) if isinstance(teacher, TopKTargets) else ()
         self.teacher_vocab_size = 0 if self.teacher is None else self.teacher.vocab_size
@@ -236,14 +241,14 @@ class _Sweep:
     @torch.no_grad()
     def __call__(self, weights: Tensor, gradients: Gradients | None = None) -> dict[str, Tensor]:
         """Means by their names in `rows.SUMS`, and, if asked, the gradients of their sum under `weights`, [2]."""
-        with torch.autocast(weights.device.type, enabled=False):
+        with torch.autocast("cpu" if weights.is_meta else weights.device.type, enabled=False):
             sums = self._sum(weights / self.num_tokens, gradients)
         return dict(zip(rows.SUMS, (sums / self.num_tokens).unbind(), strict=True))
 
     def _sum(self, weights: Tensor, gradients: Gradients | None) -> Tensor:
         settings = dataclasses.replace(self.settings, with_grad=gradients is not None)
         sums = weights.new_zeros(len(rows.SUMS))
-        scored = (self.labels != IGNORE).nonzero()[:, 0]  # [t]
+        scored = scored_positions(self.labels) if self.scored is None else self.scored  # [t]
         size = min(self.chunk_size, len(scored))
         student_buffer = weights.new_empty(size, self.student.vocab_size)
         teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)  # free again once a chunk is scored
@@ -260,6 +265,11 @@ class _Sweep:
             if gradients is not None:
                 gradients.add(positions, logits, buffer=teacher_buffer)
         return sums
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """Which of [...] labels there are, [t] int64, counted through all of them. A GPU has to wait for it."""
+    return (labels.flatten() != IGNORE).nonzero()[:, 0]
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -132,7 +132,7 @@ def take_step(
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in micro_batches:
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)
-        loss = recipe.objective(cfg, hidden, student.head, teacher(batch), batch.labels, num_tokens, progress=1.0)
+        loss = recipe.objective(cfg, hidden, student.head, teacher(batch), batch, num_tokens, progress=1.0)
         loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
     gradients = {}
