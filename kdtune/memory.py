@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from kdtune import losses, optim
-from kdtune.models import ModelConfig, num_parameters
+from kdtune.models import LoraConfig, ModelConfig, num_parameters, trained_shapes
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,16 @@ def disk(
     save_dtype: torch.dtype,
     optimizer: optim.OptimizerConfig,
     keeps_checkpoints: bool,
+    lora: LoraConfig | None = None,
 ) -> int:
-    """Bytes on the disk at most: the finished model, and two checkpoints while the newer replaces the older."""
-    weights = num_parameters(student)
-    checkpoint = int(weights * (dtype.itemsize + optim.bytes_per_weight(optimizer, dtype)))
-    return weights * save_dtype.itemsize + (2 * checkpoint if keeps_checkpoints else 0)
+    """Bytes on the disk at most: what is finished, and two checkpoints while the newer replaces the older."""
+    count = num_parameters(student)
+    model = count * save_dtype.itemsize
+    if lora is not None:
+        count, dtype = sum(map(math.prod, trained_shapes(student, lora).values())), torch.float32
+        model = model * lora.save_merged + count * dtype.itemsize
+    checkpoint = int(count * (dtype.itemsize + optim.bytes_per_weight(optimizer, dtype)))
+    return model + (2 * checkpoint if keeps_checkpoints else 0)
 
 
 def format_bytes(count: float) -> str:

@@ -94,7 +94,9 @@ def main(cfg: Config) -> None:
 
     model, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
-    writer = checkpoint.ModelWriter(model, cfg.checkpointer, cfg.lora, cfg.qat, inputs.model_config, inputs.companions)
+    writer = checkpoint.ModelWriter(
+        model, cfg.checkpointer, cfg.lora, cfg.qat, inputs.model_config, inputs.companions, optimizer.master
+    )
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
@@ -294,7 +296,7 @@ def check(cfg: Config) -> Inputs:
         packed=cfg.dataset.packed,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    needed = memory.disk(model, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0)
+    needed = memory.disk(model, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0, cfg.lora)
     preflight.check_disk_space(output_dir, needed)
 
     loaded = load_data(cfg, tokenizer, model.vocab_size)

@@ -110,7 +110,7 @@ def main(cfg: Config) -> None:
     student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
 
     writer = checkpoint.ModelWriter(
-        student, cfg.checkpointer, cfg.lora, cfg.qat, inputs.student_config, inputs.companions
+        student, cfg.checkpointer, cfg.lora, cfg.qat, inputs.student_config, inputs.companions, optimizer.master
     )
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
@@ -357,7 +357,7 @@ def check(cfg: Config) -> Inputs:
         packed=cfg.dataset.packed,
     )
     save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    needed = memory.disk(student, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0)
+    needed = memory.disk(student, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0, cfg.lora)
     preflight.check_disk_space(output_dir, needed)
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -200,6 +201,17 @@ def test_disk() -> None:
     assert memory.disk(config, torch.bfloat16, torch.bfloat16, nearest, keeps_checkpoints=True) == kept
     kept = bf16 + 2 * (bf16 + 5 * bf16)
     assert memory.disk(config, torch.bfloat16, torch.bfloat16, optim.OptimizerConfig(), keeps_checkpoints=True) == kept
+
+
+def test_disk_of_an_adapter() -> None:
+    config = make_config()
+    lora = models.LoraConfig(rank=2)
+    adapter = 4 * sum(math.prod(shape) for shape in models.trained_shapes(config, lora).values())
+    sizes = (torch.bfloat16, torch.bfloat16, optim.OptimizerConfig())
+    assert memory.disk(config, *sizes, keeps_checkpoints=True, lora=lora) == adapter + 2 * 3 * adapter
+    lora.save_merged = True
+    merged = 2 * models.num_parameters(config)
+    assert memory.disk(config, *sizes, keeps_checkpoints=False, lora=lora) == adapter + merged
 
 
 def test_it_reads_well() -> None:

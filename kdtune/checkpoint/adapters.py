@@ -56,6 +56,8 @@ class Adapter:
     folder: Path
     settings: Mapping[str, Any]  # adapter_config.json
     stored: Mapping[str, StoredTensor]
+    # Weights that PEFT stores beside the adapters of embedding and head: they need not be those of the base's folder.
+    bases: Mapping[str, StoredTensor]
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.stored[name].shape
@@ -69,7 +71,8 @@ class Adapter:
 
     def changes(self, name: str) -> bool:
         """Whether a parameter of the model is another one with the adapter."""
-        return name in self.stored or f"{name.removesuffix('.weight')}.lora_A.weight" in self.stored
+        names = {name, f"{name.removesuffix('.weight')}.lora_A.weight"}
+        return not names.isdisjoint({*self.stored, *self.bases})
 
     def read_merged(self, name: str, base: StoredTensor, target: Tensor, buffer: Tensor) -> None:
         """Fill `target` with a parameter that it changes, merged in float32 and rounded once.
@@ -82,9 +85,10 @@ class Adapter:
             target: contiguous, of the weight's shape.
             buffer: as for `read_into`.
         """
-        if name in self.stored:
-            return read_into(self.stored[name], target, buffer)
+        base = self.stored.get(name) or self.bases.get(name, base)
         module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in self.stored:
+            return read_into(base, target, buffer)
         weight = target.to(torch.promote_types(target.dtype, torch.float32))
         read_into(base, weight, buffer)
         a, b = (self.read(f"{module}.{part}.weight", weight, buffer) for part in ("lora_A", "lora_B"))
@@ -95,20 +99,30 @@ class Adapter:
 
     def unties(self, config: ModelConfig) -> bool:
         """Whether a model with one weight for embedding and head has two of them with this adapter."""
-        touched = any(_module(name) in (EMBEDDING, HEAD) for name in self.stored)
-        return config.tie_embeddings and touched and not self.settings.get("ensure_weight_tying")
+        touched = {name for name in self.stored if _module(name) in (EMBEDDING, HEAD)}
+        # PEFT ties A and B, but not what they are multiplied by; DoRA's lengths are of columns there, and of rows here.
+        alike = self._scale(EMBEDDING) == self._scale(HEAD) and f"{HEAD}.lora_magnitude_vector" not in touched
+        return config.tie_embeddings and bool(touched) and not (self.settings.get("ensure_weight_tying") and alike)
 
     def merged_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """The `config.json` of the model that the merged weights make."""
         untied = self.unties(from_hf_config(hf_config))
         return {**hf_config, "tie_word_embeddings": False} if untied else {**hf_config}
 
+    def rank(self, module: str) -> int:
+        return self._of(module, "rank_pattern", "r")
+
     def _scale(self, module: str) -> float:
-        rank = self.shape(f"{module}.lora_A.weight")[0]
-        patterns = self.settings.get("alpha_pattern") or {}
-        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha = next(matching, self.settings["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        rank = self.rank(module)
+        return self._of(module, "alpha_pattern", "lora_alpha") / (
+            math.sqrt(rank) if self.settings.get("use_rslora") else rank
+        )
+
+    def _of(self, module: str, patterns: str, default: str) -> Any:
+        """A setting of one module: that of the first pattern which its name ends with, as PEFT has it."""
+        found = (self.settings.get(patterns) or {}).items()
+        matching = (value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(matching, self.settings[default])
 
 
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
@@ -124,14 +138,17 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     """
     folder = Path(folder)
     settings = _read_settings(folder)
-    stored = {}
+    stored, bases = {}, {}
     names = {key: name for name, key in _TRANSPOSED.items()}
     for key, place in read_header(folder / WEIGHTS).items():
         name = key.removeprefix(_PREFIX)
-        name = names.get(name, name)
-        if not name.endswith(".base_layer.weight"):  # PEFT's copy of a frozen embedding
-            stored[name] = place
-    adapter = Adapter(folder, settings, stored)
+        if name.endswith(".base_layer.weight"):
+            bases[name.replace(".base_layer.", ".")] = place
+        else:
+            stored[names.get(name, name)] = place
+    if config.tie_embeddings and f"{EMBEDDING}.weight" in bases:
+        bases.setdefault(f"{HEAD}.weight", bases[f"{EMBEDDING}.weight"])
+    adapter = Adapter(folder, settings, stored, bases)
 
     shapes = {**parameter_shapes(config)}
     shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
@@ -196,11 +213,23 @@ def check_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig) -> 
 
 
 def load_adapter(model: Decoder, folder: str | Path | None) -> None:
-    """Fill what `add_lora` added to a model, as `check_adapter` has proved to be possible; None: it stays new."""
+    """Fill what `add_lora` added to a model, as `check_adapter` has proved to be possible; None: it stays new.
+
+    Raises:
+        ValueError: the adapter brings frozen weights along, and they are not the model's.
+    """
     if folder is None or model.head.weight.is_meta:
         return
     adapter = read_adapter(folder, model.config)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
+    for name, place in adapter.bases.items():
+        weight = model.get_parameter(name)
+        read_into(place, stored := torch.empty_like(weight), buffer)
+        if not torch.equal(stored, weight):
+            raise ValueError(
+                f"{folder} was trained beside another {name} than the model's, and brings it along. Merge the two with "
+                "checkpointer.adapter_dir, and train a new adapter."
+            )
     for name, parameter in trained_parameters(model).items():
         parameter.data.copy_(adapter.read(name, parameter.data, buffer))
 
@@ -270,7 +299,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         hint = ""
-        if (folder / "config.json").is_file():
+        if inside := sorted(folder.glob(f"*/{SETTINGS}")):
+            hint = f" There is one in {inside[0].parent}."
+        elif (folder / "config.json").is_file():
             hint = " It has a whole model: give it as checkpoint_dir."
         elif not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             hint = f" A name on the hub is fetched by kdtune download {folder} --output-dir <folder>."
@@ -311,7 +342,7 @@ def _module(name: str) -> str:
 def _parts(adapter: Adapter, module: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Name and shape of all that the adapter of one module has, beside a weight [o, i]."""
     down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    rank = adapter.shape(down)[0] if down in adapter.stored else 0
+    rank = adapter.rank(module)
     parts: dict[str, tuple[int, ...]] = {down: (rank, weight[1]), up: (weight[0], rank)}
     if adapter.settings.get("use_dora"):
         parts[f"{module}.lora_magnitude_vector"] = (weight[1] if module == EMBEDDING else weight[0],)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,7 @@ def save_model(
     companions: Mapping[str, bytes] | None = None,
     dtype: torch.dtype | None = None,
     qat: QATConfig | None = None,
+    master: Callable[[Tensor], Tensor] = Tensor.detach,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a folder that this module, transformers and everything compatible with it can open.
@@ -248,6 +249,7 @@ def save_model(
         companions: other files of the folder, by name, as from `read_companions`.
         dtype: of the written weights. None: as they are in memory.
         qat: write the integers that training rounds weights to, in the format compressed-tensors. None: the weights.
+        master: the weight that steps change, of a parameter that is less precise than `dtype`.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
 
     Raises:
@@ -269,6 +271,7 @@ def save_model(
     shapes = parameter_shapes(model.config)
     quantized = {} if qat is None else quantized_shapes(model.config)
     dtype = dtype or model.head.weight.dtype
+    is_wider = dtype.itemsize > model.head.weight.dtype.itemsize
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[dtype_key] = str(dtype).removeprefix("torch.")
@@ -285,7 +288,7 @@ def save_model(
     for file_name, shard in zip(names, shards, strict=True):
         tensors: dict[str, Tensor] = {}
         for name in shard:
-            weight = merged(model, name)
+            weight = merged(model, name, master if is_wider else Tensor.detach)
             if qat is not None and name in quantized:
                 tensors |= compressed_parts(name, weight, qat, dtype)
             else:

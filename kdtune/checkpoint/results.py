@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdtune.checkpoint.adapters import save_adapter
 from kdtune.checkpoint.huggingface import save_model
@@ -28,6 +30,7 @@ class ModelWriter:
         qat: how training rounds its weights; the result consists of the rounded ones. None: it does not.
         config: its `config.json`, as from `check_start`.
         companions: other files of its folder, by name, as from `read_companions`.
+        master: the float32 weight behind a bf16 one, as `AdamW.master`, which is written if `dtype` can hold it.
     """
 
     model: Decoder
@@ -36,6 +39,7 @@ class ModelWriter:
     qat: QATConfig | None
     config: Mapping[str, Any]
     companions: Mapping[str, bytes]
+    master: Callable[[Tensor], Tensor]
 
     def write(self, folder: Path) -> None:
         """What training can go on from."""
@@ -60,10 +64,14 @@ class ModelWriter:
             adapter = run.finish(self.write, "adapter")
             source = f"{shlex.quote(self.start.checkpoint_dir)} checkpointer.adapter_dir={shlex.quote(str(adapter))}"
         if self.lora is None or self.lora.save_merged:
-
-            def write_model(folder: Path) -> None:
-                config, companions = self.config, self.companions
-                save_model(self.model, folder, config=config, companions=companions, dtype=dtype, qat=self.qat)
-
+            write_model = functools.partial(
+                save_model,
+                self.model,
+                config=self.config,
+                companions=self.companions,
+                dtype=dtype,
+                qat=self.qat,
+                master=self.master,
+            )
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"

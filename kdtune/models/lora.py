@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -169,15 +169,20 @@ def trained_shapes(config: ModelConfig, cfg: LoraConfig) -> dict[str, tuple[int,
 
 
 @torch.no_grad()
-def merged(model: Decoder, name: str) -> Tensor:
+def merged(model: Decoder, name: str, master: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
     """A parameter of the model without adapters, in float32 with the change of its adapter, or as it is if it has none.
 
     What is saved of all of them is a model without adapters that does what this one does.
+
+    Args:
+        model: with adapters or without.
+        name: of the parameter.
+        master: what to take for a parameter that has no adapter.
     """
     module = model.get_submodule(name.rpartition(".")[0])
     if not name.endswith(".weight") or not isinstance(module, (LoraLinear, LoraEmbedding)):
-        parameter = model.get_parameter(name).detach()
-        return dequantize(parameter) if is_quantized(parameter) else parameter
+        parameter = model.get_parameter(name)
+        return dequantize(parameter) if is_quantized(parameter) else master(parameter)
     weight = _wide(module.weight, copy=True)
     magnitude = module.lora_magnitude_vector if isinstance(module, LoraLinear) else None
     merge(weight, module.lora_A.weight, module.lora_B.weight, module.scale, magnitude)
@@ -275,7 +280,8 @@ def _found(setting: str, patterns: Sequence[str], names: Sequence[str], model: D
             ) from None
         if not matching:
             ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, 1)
+            words = [*ends, ALL_LINEAR] if setting == "target_modules" else ends
+            near = difflib.get_close_matches(pattern.rpartition(".")[2], words, 1)
             raise ValueError(
                 f"lora.{setting}: the model has no {pattern} that could be trained so. "
                 + (f"Did you mean {near[0]}? " if near else "")

@@ -92,6 +92,12 @@ class AdamW(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
+    def master(self, parameter: Tensor) -> Tensor:
+        """The weight that steps change, in float32: a bf16 one with its rest. One without a rest is given as it is."""
+        rest = self.state[parameter].get("rest") if parameter in self.state else None
+        return parameter.detach() if rest is None else join(parameter.detach().to(rest.device), rest)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take moments and rests of a checkpoint; settings and formats stay those of this optimizer.
 

@@ -134,6 +134,16 @@ THEIRS: dict[str, dict[str, Any]] = {
     "head, dora": {"target_modules": ["lm_head", "v_proj"], "use_dora": True},
     "whole": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
     "whole head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "embedding with the head's A and B, dora": {
+        "target_modules": ["v_proj", "embed_tokens"],
+        "use_dora": True,
+        "ensure_weight_tying": True,
+    },
+    "embedding with the head's A and B, another alpha": {
+        "target_modules": ["v_proj", "embed_tokens"],
+        "alpha_pattern": {"embed_tokens": 30},
+        "ensure_weight_tying": True,
+    },
     "tied": {"target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True},
     "tied whole": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
@@ -152,6 +162,22 @@ def test_we_read_those_of_peft(
     torch.testing.assert_close(logits(found), logits(model), **TOLERANCE)
     touched = kind.startswith(("embedding", "head", "whole"))
     assert found.config.tie_embeddings == (family == "qwen3-tied_biases" and not touched)
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "llama-tied"])
+def test_a_base_that_comes_with_the_adapter(
+    family: str, oracle: Callable[..., Any], hf_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT stores an adapted embedding as it was before, too: its rows may have been set by hand for new tokens."""
+    changed = oracle(family)
+    changed.get_input_embeddings().weight.data[90:] = 0.5
+    model = theirs(changed, tmp_path, target_modules=["embed_tokens", "v_proj"])
+    folder = hf_folder(family)
+    torch.testing.assert_close(logits(load(folder, adapter_dir=tmp_path)), logits(model), **TOLERANCE)
+    ours = load(folder)
+    models.add_lora(ours, LoraConfig(rank=4, alpha=7, target_modules=["embed_tokens", "v_proj"]), seed=0)
+    with pytest.raises(ValueError, match=r"trained beside another model\.embed_tokens\.weight than the model's"):
+        load_adapter(ours, tmp_path)
 
 
 TRAINABLE = {
@@ -300,7 +326,10 @@ def test_damage(adapter: Path, hf_folder: Callable[..., Path], tmp_path: Path) -
     change(adapter, use_dora=True)
     with pytest.raises(ValueError, match=r"q_proj.lora_magnitude_vector, .* should be there and is not"):
         read(adapter, hf_folder)
-    change(adapter, use_dora=False)
+    change(adapter, use_dora=False, r=8)
+    with pytest.raises(ValueError, match=r"lora_A.weight has shape \[4, 64\], and should have \[8, 64\]"):
+        read(adapter, hf_folder)
+    change(adapter, r=4)
     rewrite(adapter, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
     with pytest.raises(ValueError, match="stored as I8"):
         read(adapter, hf_folder)
@@ -321,6 +350,8 @@ def test_damage(adapter: Path, hf_folder: Callable[..., Path], tmp_path: Path) -
         read(adapter, hf_folder)
     with pytest.raises(FileNotFoundError, match=r"no adapter_config.json, .* It has a whole model"):
         read(hf_folder("llama"), hf_folder)
+    with pytest.raises(FileNotFoundError, match=rf"There is one in {adapter}\."):
+        read(adapter.parent, hf_folder)
 
 
 def test_a_name_on_the_hub_is_to_be_fetched(hf_folder: Callable[..., Path]) -> None:

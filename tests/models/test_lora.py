@@ -367,6 +367,7 @@ def test_gradients_beside_a_quantised_base_are_those_beside_what_it_stands_for(
     ("settings", "said"),
     [
         ({"target_modules": ["qproj"]}, "no qproj .* Did you mean q_proj?"),
+        ({"target_modules": ["all_linear"]}, "no all_linear .* Did you mean all-linear?"),
         ({"target_modules": ["self_attn"]}, "no self_attn .* It has embed_tokens, q_proj"),
         ({"target_modules": ["*"]}, "neither the end of a name nor a regular expression"),
         ({"target_modules": []}, "names no layer"),

@@ -254,6 +254,22 @@ def test_save_dtype(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weight, resumed_from[name].bfloat16()) for name, weight in finished.items())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "stochastic"])
+def test_save_dtype_of_masters(precision: str, recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+    """Of bf16 weights, a float32 model has the bits that their steps keep beside them, if they do."""
+    settings = ["dtype=bf16", f"optimizer.precision={precision}", "save_every_n_steps=2", "save_dtype=fp32"]
+    run = recipe(tiny, tmp_path / "run", *SHORT, *settings)
+    (saved,) = (run / "checkpoints").iterdir()
+    trained, finished = tiny_runs.weights(saved), tiny_runs.weights(run / "model")
+    state = torch.load(saved / "training_state.pt")["optimizer"]["state"]
+    rests = sum(int(moments["rest"].count_nonzero()) for moments in state.values() if "rest" in moments)
+    assert all(weight.dtype == torch.float32 for weight in finished.values())
+    assert sum(int((weight != trained[name]).sum()) for name, weight in finished.items()) == rests
+    assert (rests > 0) == (precision == "fp32")
+    for name, weight in finished.items():
+        torch.testing.assert_close(weight, trained[name].float(), rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_activation_checkpointing_is_on_when_asked(
     asked: bool, recipe: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
