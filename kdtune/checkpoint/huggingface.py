@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdtune.checkpoint.adapters import read_adapter
 from kdtune.checkpoint.scaled import (
+    PART,
     QUANTIZATION_KEYS,
     check_format,
     compressed_config,
@@ -135,9 +136,9 @@ def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTens
     ignored = {name for name in stored if _IGNORED.search(name)}
     if config.tie_embeddings:
         ignored.add("lm_head.weight")  # some exporters write the tied head too
+    if parts := [name for name in stored if PART.search(name)]:
+        raise ValueError(refusal(folder, f"{method or 'in a format of its own'}, with {_some(parts)}"))
     missing = [name for name in shapes if name not in stored]
-    if missing and method == "torchao":  # which names the parts of its tensors in its own way
-        raise ValueError(refusal(folder, method))
     if missing:
         raise ValueError(
             f"{folder} lacks {_some(missing)}, which its config.json calls for. Either a download was incomplete, or "

@@ -36,13 +36,14 @@ class StoredTensor:
     start: int  # byte in the file
     size: int  # bytes
     scale: StoredTensor | None = None  # of a quantised weight: what its numbers are multiplied by
-    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+    zero_point: StoredTensor | None = None  # what is subtracted from them before
+    block: tuple[int, int] = (1, 1)  # rows and columns that share both
 
     @property
     def is_fp8(self) -> bool:
         """Whether it is e4m3 in whole blocks, which can stay as they are in memory."""
         fits = all(size % block == 0 for size, block in zip(self.shape, self.block, strict=False))
-        return self.dtype == "F8_E4M3" and self.scale is not None and fits
+        return self.dtype == "F8_E4M3" and self.scale is not None and self.zero_point is None and fits
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -103,15 +104,23 @@ def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
             _read_exactly(stream, piece.numpy().data, stored.file)
             flat[begin : begin + count].copy_(_numbers(piece, stored.dtype))
     if stored.scale is not None:
-        scale = _read_scale(stored, stored.scale, target.device, buffer)
+        scale, zero_point = _read_scale(stored, stored.scale, target.device, buffer), None
+        if stored.zero_point is not None:
+            zero_point = _read_zero_point(stored.zero_point, scale, buffer)
         (rows, columns), d = stored.block, target.shape[1]
-        if columns < d:
-            scale = scale.repeat_interleave(columns, dim=1)[:, :d]  # [blocks, d]
         step = max(1, len(buffer) // (4 * d))  # rows that take no more memory than the buffer in float32
         for begin in range(0, len(target), step):
             piece = target[begin : begin + step]
             block = torch.arange(begin, begin + len(piece), device=target.device) // rows  # of each row
-            piece.copy_(piece.float() * scale[block])
+            numbers = piece.float()
+            if zero_point is not None:
+                numbers -= _widened(zero_point[block], columns, d)
+            piece.copy_(numbers.mul_(_widened(scale[block], columns, d)))
+
+
+def _widened(blocks: Tensor, columns: int, d: int) -> Tensor:
+    """What rows have for each block, [r, blocks], for each column, [r, d]; [r, 1] if a row is one block."""
+    return blocks.repeat_interleave(columns, dim=1)[:, :d] if columns < d else blocks
 
 
 def _numbers(piece: Tensor, dtype: str) -> Tensor:
@@ -137,6 +146,16 @@ def _read_scale(stored: StoredTensor, scale: StoredTensor, device: torch.device,
     target = torch.empty(shape, device=device)
     read_into(scale, target.view(scale.shape), buffer)
     return target
+
+
+def _read_zero_point(zero_point: StoredTensor, scale: Tensor, buffer: Tensor) -> Tensor:
+    """As many as scales, float32."""
+    target = torch.empty(zero_point.shape, device=scale.device)
+    read_into(zero_point, target, buffer)
+    if zero_point.dtype in PACKED:  # whose words run down the rows
+        words, blocks = zero_point.shape[0] * PACKED[zero_point.dtype] // 32, scale.shape[1]
+        target = target.view(words, blocks, -1).transpose(1, 2).reshape(-1, blocks)[: len(scale)]
+    return target.view(scale.shape)
 
 
 def _read_exactly(stream: FileIO, view: memoryview, file: Path) -> None:

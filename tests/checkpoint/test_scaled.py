@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from watching import LiveBytes
 
 from kdtune.checkpoint import check_files, load_model, read_config, save_adapter, save_model
+from kdtune.checkpoint.scaled import with_scales
+from kdtune.checkpoint.weights import read_header, read_into
 from kdtune.models import (
     Decoder,
     LoraConfig,
@@ -82,18 +85,53 @@ def compressed_int8(weight: Tensor) -> Stored:
     return {"weight": codes, "weight_scale": scales}, codes.float() * factors
 
 
-def packed(weight: Tensor, bits: int, columns: int) -> Stored:
-    """Integers above the least of them, the first in the lowest bits of a word."""
-    scaled, scales, factors = in_units(weight, 1, columns, 2 ** (bits - 1) - 1, torch.bfloat16)
-    codes = scaled.round()
-    words = []
-    for row in (codes.long() + 2 ** (bits - 1)).tolist():
+def asymmetric(weight: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Integers [n, d] from -2^(bits - 1), scales and zero points [n, d / columns], and what these stand for."""
+    low, high = (edge(weight.unflatten(1, (-1, columns)), 2).clamp(*at) for edge, at in EDGES)
+    scales = ((high - low) / (2**bits - 1)).bfloat16()
+    zero_points = -(2 ** (bits - 1)) - (low / scales.float()).round()
+    factors, zeros = (x.float().repeat_interleave(columns, dim=1) for x in (scales, zero_points))
+    codes = ((weight / factors).round() + zeros).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes, scales, zero_points, (codes - zeros) * factors
+
+
+EDGES = ((torch.amin, (None, 0)), (torch.amax, (0, None)))  # of what the integers span, zero included
+
+
+def asymmetric_int8(weight: Tensor) -> Stored:
+    """With activations of fixed scales."""
+    codes, scales, zero_points, expected = asymmetric(weight, 8, weight.shape[1])
+    parts = {"weight": codes, "weight_zero_point": zero_points, "input_zero_point": torch.ones(1)}
+    parts = {name: part.to(torch.int8) for name, part in parts.items()}
+    return parts | {"weight_scale": scales, "input_scale": torch.ones(1)}, expected
+
+
+def torchao(function: Callable[[Tensor], Stored], weight: Tensor) -> Stored:
+    parts, expected = function(weight)
+    names = {"weight": "_weight_qdata", "weight_scale": "_weight_scale", "weight_zero_point": "_weight_zero_point"}
+    return {name: parts[part] for part, name in names.items() if part in parts}, expected
+
+
+def words(numbers: Tensor, bits: int) -> Tensor:
+    """Integers [n, d] above the least of them in words [n, d * bits / 32], the first in the lowest bits."""
+    found = []
+    for row in (numbers.long() + 2 ** (bits - 1)).tolist():
         for start in range(0, len(row), 32 // bits):
             word = sum(number << bits * place for place, number in enumerate(row[start : start + 32 // bits]))
-            words.append(word - 2**32 * (word >= 2**31))
-    packed = torch.tensor(words, dtype=torch.int32).view(len(codes), -1)
-    parts = {"weight_packed": packed, "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}
-    return parts, codes * factors
+            found.append(word - 2**32 * (word >= 2**31))
+    return torch.tensor(found, dtype=torch.int32).view(len(numbers), -1)
+
+
+def packed(weight: Tensor, bits: int, columns: int, symmetric: bool = True) -> Stored:
+    """The weight's words run along its rows, those of the zero points down the rows."""
+    shape = {"weight_shape": torch.tensor(weight.shape)}
+    if not symmetric:
+        codes, scales, zero_points, expected = asymmetric(weight, bits, columns)
+        zeros = {"weight_zero_point": words(zero_points.T, bits).T.contiguous()}
+        return {"weight_packed": words(codes, bits), "weight_scale": scales, **zeros, **shape}, expected
+    scaled, scales, factors = in_units(weight, 1, columns, 2 ** (bits - 1) - 1, torch.bfloat16)
+    codes = scaled.round()
+    return {"weight_packed": words(codes, bits), "weight_scale": scales, **shape}, codes * factors
 
 
 def compressed(kind: str, **weights: Any) -> dict[str, Any]:
@@ -122,6 +160,13 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Stored], dict[str, Any]]] = {
         lambda weight: packed(weight, 4, 32),
         compressed("pack", type="int", num_bits=4, strategy="group", group_size=32, actorder=None),
     ),
+    "asymmetric-int8": (asymmetric_int8, compressed("int", type="int", symmetric=False)),
+    "asymmetric-packed-int4": (
+        lambda weight: packed(weight, 4, 32, symmetric=False),
+        compressed("pack", type="int", num_bits=4, strategy="group", group_size=32, symmetric=False),
+    ),
+    "torchao-int8": (lambda weight: torchao(asymmetric_int8, weight), {"quant_method": "torchao"}),
+    "torchao-fp8": (lambda weight: torchao(row_fp8, weight), {"quant_method": "torchao"}),
 }
 
 
@@ -165,7 +210,7 @@ def test_weights_are_what_their_numbers_stand_for(
     for key, weight in expected.items():
         assert torch.equal(found.get_parameter(key), weight.to(dtype))
         full = original.get_parameter(key)
-        assert 0 < (weight - full).norm() / full.norm() < (0.15 if name == "packed-int4" else 0.04)
+        assert 0 < (weight - full).norm() / full.norm() < (0.15 if "int4" in name else 0.04)
 
 
 def test_blocks_are_those_of_transformers() -> None:
@@ -178,12 +223,58 @@ def test_blocks_are_those_of_transformers() -> None:
     assert torch.equal(theirs, expected)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_words_are_those_of_compressed_tensors(bits: int) -> None:
+def test_words_are_those_of_compressed_tensors(bits: int, symmetric: bool) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    parts, expected = packed(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), bits, 32)
-    theirs = helpers.unpack_from_int32(parts["weight_packed"], bits, torch.Size((16, 64)))
+    parts, expected = packed(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)), bits, 32, symmetric)
+    theirs = helpers.unpack_from_int32(parts["weight_packed"], bits, torch.Size((20, 64))).float()
+    if not symmetric:
+        zero_points = helpers.unpack_from_int32(parts["weight_zero_point"], bits, torch.Size((20, 2)), packed_dim=0)
+        theirs -= zero_points.repeat_interleave(32, dim=1)
     assert torch.equal(theirs * parts["weight_scale"].float().repeat_interleave(32, dim=1), expected)
+
+
+def test_groups_of_several_sizes_in_a_model(quantised: Quantised) -> None:
+    folder, expected = quantised("packed-int4")
+    weights, key = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    parts, expected[key] = packed(expected[key], 4, 16)
+    weights |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_config(folder)
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"weights": groups["group_0"]["weights"] | {"group_size": 16}}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = load(folder)
+    assert all(torch.equal(found.get_parameter(key), weight) for key, weight in expected.items())
+
+
+def test_only_keys_and_values_are_quantised(hf_folder: Callable[..., Path]) -> None:
+    folder = hf_folder("llama")
+    plain = load(folder)
+    weights = load_file(folder / "model.safetensors")
+    for part in ("k_scale", "v_scale", "v_zero_point"):
+        weights[f"model.layers.0.self_attn.{part}"] = torch.ones(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    attention = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8}}
+    config = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"group_0": attention}}
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | {"quantization_config": config}))
+    assert torch.equal(load(folder)(TOKENS), plain(TOKENS))
+
+
+def test_reading_holds_little_beside_the_weight(tmp_path: Path) -> None:
+    """However many scales there are."""
+    parts, expected = packed(torch.randn(512, 256, generator=torch.Generator().manual_seed(0)), 4, 32, symmetric=False)
+    save_file(parts, tmp_path / "weights.safetensors")
+    stored = {f"mlp.{name}": place for name, place in read_header(tmp_path / "weights.safetensors").items()}
+    stored = with_scales(tmp_path, stored, {"mlp.weight": (512, 256)}, [(1, 32)])
+    target, buffer = torch.empty(512, 256), torch.empty(4096, dtype=torch.uint8)
+    with LiveBytes() as live:
+        live.peak = 0
+        read_into(stored["mlp.weight"], target, buffer)
+    assert torch.equal(target, expected)
+    scales = 2 * 4 * 512 * 8  # and zero points
+    assert live.peak - target.nbytes < 3 * scales < target.nbytes / 2
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -232,9 +323,8 @@ def test_a_student_that_starts_there_is_saved_as_what_it_is(quantised: Quantised
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, quant_algo NVFP4"),
         (compressed("nvfp4-pack", type="float", num_bits=4), "format nvfp4-pack-quantized"),
-        (compressed("pack", type="int", num_bits=3), "3 bits, symmetric"),
+        (compressed("pack", type="int", num_bits=3), "3 bits"),
         (compressed("pack", type="int", num_bits=4, actorder="group"), "actorder group"),
-        (compressed("int", type="int", symmetric=False), "8 bits, asymmetric"),
         (compressed("float", type="float") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         (compressed("float", type="float") | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
     ],
@@ -247,17 +337,24 @@ def test_other_formats_are_refused(config: dict[str, Any], words: str, hf_folder
         check_files(folder, from_hf_config(read_config(folder)))
 
 
-def test_tensors_of_torchaos_own_are_refused(hf_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("part", ["_weight_act_pre_scale", "weight_g_idx", "weight.absmax"])
+@pytest.mark.parametrize("name", ["torchao-int8", "packed-int4"])
+def test_parts_that_are_not_known_are_refused(name: str, part: str, quantised: Quantised) -> None:
+    folder, _ = quantised(name)
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.0.mlp.down_proj.{part}"] = torch.ones(48)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"is quantised \(.*, with model.layers.0.mlp.down_proj.{part}\)"):
+        load(folder)
+
+
+def test_torchao_over_ordinary_weights(hf_folder: Callable[..., Path]) -> None:
+    """Which it was to quantise later."""
     folder = hf_folder("llama")
+    plain = load(folder)
     config = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
     (folder / "config.json").write_text(json.dumps(read_config(folder) | config))
-    load(folder)  # whose weights are ordinary: torchao was to quantise them later
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    weights["model.layers.0.mlp.down_proj._weight_qdata"] = weights.pop(name)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is quantised \(torchao\)"):
-        load(folder)
+    assert torch.equal(load(folder)(TOKENS), plain(TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +363,10 @@ def test_tensors_of_torchaos_own_are_refused(hf_folder: Callable[..., Path]) -> 
         (lambda weights, key: weights.pop(key), "is stored as F8_E4M3 without .*weight_scale"),
         (lambda weights, key: weights.update({key: torch.ones(3, 2)}), r"its scales are \[3, 2\] of F32, .*40 x 32"),
         (lambda weights, key: weights.update({key: torch.ones(2, 2).int()}), "of I32"),
+        (
+            lambda weights, key: weights.update({key.replace("scale_inv", "zero_point"): torch.ones(3, 2).int()}),
+            r"zero points \[3, 2\] of I32, which do not go together",
+        ),
     ],
 )
 def test_broken_scales_are_refused(
