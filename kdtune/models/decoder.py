@@ -121,6 +121,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = Rope(config.rope, config.head_dim)
         self.is_random = False  # whether layers draw random numbers: whoever gives them dropout says so
+        self.is_rounded = False  # whether layers round their weights, for a model of few bits
         self.offload_activations = False
 
     def forward(
@@ -249,9 +250,13 @@ def compile_layers(model: Decoder, backend: str | Callable[..., Any] = "inductor
     # Of all layers of both models together, with and without gradients, of several rows and of one.
     config.recompile_limit = max(config.recompile_limit, 32)
     config.specialize_float = True  # the eps of norms does not change
+    # Inductor leaves roundings to bf16 out. Weights would be rounded to other integers than those that are saved.
+    options: dict[str, Any] | None = (
+        {"emulate_precision_casts": True} if model.model.is_rounded and backend == "inductor" else None
+    )
     for layer in model.modules():
         if isinstance(layer, Layer):
-            layer.compiled = torch.compile(layer._keep_less, dynamic=True, backend=backend)
+            layer.compiled = torch.compile(layer._keep_less, dynamic=True, backend=backend, options=options)
 
 
 @functools.cache

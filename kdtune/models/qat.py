@@ -88,6 +88,7 @@ def prepare_qat(model: Decoder, cfg: QATConfig) -> None:
         from torchao.quantization.qat import QATConfig as TorchaoConfig
 
         quantize_(model.model.layers, TorchaoConfig(_base_config(cfg), step="prepare"))
+    model.model.is_rounded = True
 
 
 def _base_config(cfg: QATConfig) -> Any:
