@@ -135,7 +135,7 @@ def check_lora(
     if merged_dtype is not None and not lora.save_merged:
         raise ValueError(
             f"save_dtype={merged_dtype} is about a whole model, and with lora only the adapter is written, in float32. "
-            "Leave it out, or write the model as well: lora.save_merged=true."
+            "Give save_dtype=null, or write the model as well: lora.save_merged=true."
         )
     trained_shapes(config, lora)
     if lora.base_quantization is not None:
