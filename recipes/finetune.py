@@ -267,11 +267,11 @@ def check(cfg: Config) -> Inputs:
 
     model_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     model = models.from_hf_config(model_config)
-    if cfg.lora is not None:
-        checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, run_device, merged_dtype=cfg.save_dtype)
     if cfg.qat is not None:
         has_adapter = cfg.lora is not None
         models.check_qat(cfg.qat, model, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
+    if cfg.lora is not None:
+        checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, run_device, merged_dtype=cfg.save_dtype)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)

@@ -120,6 +120,7 @@ def main(cfg: Config) -> None:
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
 
     prove_teacher(cfg, inputs, student, teacher, full_hidden)
+    del full_hidden
     if inputs.val_batches and run.step == 0:
         logger.log(0, validate(cfg, inputs, student, teacher))
 
@@ -325,11 +326,11 @@ def check(cfg: Config) -> Inputs:
     student_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     teacher_config = checkpoint.check_model(cfg.teacher_checkpointer)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
-    if cfg.lora is not None:
-        checkpoint.check_lora(cfg.lora, cfg.checkpointer, student, dtype, run_device, merged_dtype=cfg.save_dtype)
     if cfg.qat is not None:
         has_adapter = cfg.lora is not None
         models.check_qat(cfg.qat, student, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
+    if cfg.lora is not None:
+        checkpoint.check_lora(cfg.lora, cfg.checkpointer, student, dtype, run_device, merged_dtype=cfg.save_dtype)
     teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=teacher_device)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_runs import distil
 from torch import Tensor
 
-from kdtune import checkpoint, data, tokenizers
+from kdtune import checkpoint, data, losses, tokenizers
 from kdtune.generation import generate
 from kdtune.models import Decoder, dequantize, num_bytes, quantize, quantized_shapes, stream_layers
 from kdtune.teacher import LiveTeacher
@@ -101,6 +101,7 @@ def test_quantised_is_compared_with_the_full_one_which_is_gone_by_then(
 ) -> None:
     alive: weakref.WeakSet[Decoder] = weakref.WeakSet()
     load_model = checkpoint.load_model
+    is_compared = False  # and what the full teacher said is gone
 
     def watch(*args: Any, **settings: Any) -> Decoder:
         assert not alive, "never two teachers at a time"
@@ -111,8 +112,20 @@ def test_quantised_is_compared_with_the_full_one_which_is_gone_by_then(
         return model
 
     monkeypatch.setattr(checkpoint, "load_model", watch)
+    answers: list[weakref.ref[Tensor]] = []
+    ask = LiveTeacher.__call__
+
+    def remember(teacher: LiveTeacher, batch: data.Batch) -> losses.Targets:
+        nonlocal is_compared
+        is_compared = bool(answers) and answers[0]() is None
+        targets = ask(teacher, batch)
+        answers.append(weakref.ref(targets.hidden))
+        return targets
+
+    monkeypatch.setattr(LiveTeacher, "__call__", remember)
     settings = [f"teacher_checkpointer.checkpoint_dir={trained}", "teacher.quantization=int8", "batch_size=4"]
     distil(tiny, tmp_path / "run", *SHORT, *settings, "teacher.compare_quantization=true")
+    assert is_compared
     (line,) = re.findall(r"^teacher.quantization=int8 on 4 rows: (.*)$", capsys.readouterr().out, re.MULTILINE)
 
     monkeypatch.undo()
@@ -181,7 +194,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["teacher.compare_quantization=true"], ["teacher.quantization is null"]),
         (["teacher.offload=true"], ["teacher.offload=true", "on the CPU they are there"]),
         (["teacher.quantization=nf4"], ["teacher.quantization=nf4", "multiple of 16384 weights", "Use int8"]),
-        (["teacher.quantization=fp8_dynamic"], ["float32"]),
+        (["teacher.quantization=fp8_dynamic"], ["which CPUs do not", "Use fp8:"]),
         (["teacher.device=gpu"], ["teacher.device=gpu is not a device"]),
     ):
         with pytest.raises(SystemExit):

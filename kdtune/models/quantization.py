@@ -78,8 +78,6 @@ def check_quantization(
             f"{asked} rounds the activations, through which no gradient comes back. Use {weight_only}, which rounds "
             "the weights alone."
         )
-    if kind == "fp8_dynamic" and dtype != torch.bfloat16:
-        raise ValueError(f"{asked} multiplies into bf16, and the model is in {dtype}. Use bf16, or {weight_only}.")
     if device.type == "mps" and kind.startswith("fp8"):
         raise ValueError(f"{asked}: {device} has no 8-bit floating point numbers. Use int8.")
     if kind == "fp8_dynamic" and device.type == "cpu":
@@ -87,6 +85,8 @@ def check_quantization(
             f"{asked} multiplies 8-bit floating point numbers, which CPUs do not (GPUs do from compute capability 8.9 "
             f"on). Use {weight_only}: the same weights, multiplied in {dtype}."
         )
+    if kind == "fp8_dynamic" and dtype != torch.bfloat16:
+        raise ValueError(f"{asked} multiplies into bf16, and the model is in {dtype}. Use bf16, or {weight_only}.")
     if kind in _CAPABILITY and device.type == "cuda":
         needed, names = _CAPABILITY[kind]
         found = torch.cuda.get_device_capability(device)
