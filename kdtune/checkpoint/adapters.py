@@ -100,7 +100,7 @@ class Adapter:
     def unties(self, config: ModelConfig) -> bool:
         """Whether a model with one weight for embedding and head has two of them with this adapter."""
         touched = {name for name in self.stored if _module(name) in (EMBEDDING, HEAD)}
-        # PEFT ties A and B, but not what they are multiplied by; DoRA's lengths are of columns there, and of rows here.
+        # Ties are of A and B alone: their scale can differ, and DoRA has lengths of an embedding's columns, a head's rows.
         alike = self._scale(EMBEDDING) == self._scale(HEAD) and f"{HEAD}.lora_magnitude_vector" not in touched
         return config.tie_embeddings and bool(touched) and not (self.settings.get("ensure_weight_tying") and alike)
 
@@ -110,16 +110,14 @@ class Adapter:
         return {**hf_config, "tie_word_embeddings": False} if untied else {**hf_config}
 
     def rank(self, module: str) -> int:
-        return self._of(module, "rank_pattern", "r")
+        return self._setting(module, "rank_pattern", "r")
 
     def _scale(self, module: str) -> float:
-        rank = self.rank(module)
-        return self._of(module, "alpha_pattern", "lora_alpha") / (
-            math.sqrt(rank) if self.settings.get("use_rslora") else rank
-        )
+        rank, alpha = self.rank(module), self._setting(module, "alpha_pattern", "lora_alpha")
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
-    def _of(self, module: str, patterns: str, default: str) -> Any:
-        """A setting of one module: that of the first pattern which its name ends with, as PEFT has it."""
+    def _setting(self, module: str, patterns: str, default: str) -> Any:
+        """That of the first pattern which a module's name ends with, as PEFT has it."""
         found = (self.settings.get(patterns) or {}).items()
         matching = (value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", module))
         return next(matching, self.settings[default])
