@@ -60,7 +60,7 @@ class Adapter:
     bases: Mapping[str, StoredTensor]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.stored[name].shape
+        shape = (self.stored.get(name) or self.bases[name]).shape
         return shape[::-1] if name in _TRANSPOSED else shape
 
     def read(self, name: str, like: Tensor, buffer: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Adapter:
     def unties(self, config: ModelConfig) -> bool:
         """Whether a model with one weight for embedding and head has two of them with this adapter."""
         touched = {name for name in self.stored if _module(name) in (EMBEDDING, HEAD)}
-        # Ties are of A and B alone: their scale can differ, and DoRA has lengths of an embedding's columns, a head's rows.
+        # A and B alone are tied: scales can differ, and DoRA has lengths of an embedding's columns and a head's rows.
         alike = self._scale(EMBEDDING) == self._scale(HEAD) and f"{HEAD}.lora_magnitude_vector" not in touched
         return config.tie_embeddings and bool(touched) and not (self.settings.get("ensure_weight_tying") and alike)
 
@@ -151,14 +151,15 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     shapes = {**parameter_shapes(config)}
     shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
     expected: dict[str, tuple[int, ...]] = {}
-    for name in stored:
+    places = bases | stored
+    for name in places:
         weight = f"{_module(name)}.weight" if ".lora_" in name else name
         if weight not in shapes:
             raise ValueError(_other_model(folder, f"it has {name}, for which there is no place"))
         expected |= _parts(adapter, _module(name), shapes[weight]) if ".lora_" in name else {name: shapes[weight]}
-    if different := sorted(expected.keys() ^ stored.keys()):
+    if different := sorted(expected.keys() ^ places.keys()):
         raise ValueError(f"{folder}: {_some(different)} should be there and is not, or the reverse. Copy it again.")
-    for name, place in stored.items():
+    for name, place in places.items():
         if adapter.shape(name) != expected[name]:
             shapes_said = f"{list(adapter.shape(name))}, and should have {list(expected[name])}"
             raise ValueError(_other_model(folder, f"{name} has shape {shapes_said}"))

@@ -176,6 +176,9 @@ def test_a_base_that_comes_with_the_adapter(
     torch.testing.assert_close(logits(load(folder, adapter_dir=tmp_path)), logits(model), **TOLERANCE)
     ours = load(folder)
     models.add_lora(ours, LoraConfig(rank=4, alpha=7, target_modules=["embed_tokens", "v_proj"]), seed=0)
+    config = from_hf_config(read_config(folder) | {"vocab_size": 96})
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has shape \[97, 64\], and should have \[96, 64\]"):
+        read_adapter(tmp_path, config)
     with pytest.raises(ValueError, match=r"trained beside another model\.embed_tokens\.weight than the model's"):
         load_adapter(ours, tmp_path)
 
