@@ -51,6 +51,11 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(target, non_blocking=target.type != "cpu")
 
 
+def for_plan(device: str) -> torch.device:
+    """The device of a plan for `device`, which this machine need not have: the CPU, or `meta` for any other."""
+    return torch.device("cpu" if torch.device(device).type == "cpu" else "meta")
+
+
 def check_compiler(device: torch.device) -> None:
     """Find out whether torch.compile has what it needs.
 
@@ -65,6 +70,13 @@ def check_compiler(device: torch.device) -> None:
             f"compile=true makes C++ code for the CPU, but there is no {compiler} to compile it. Install it or name a "
             "compiler in the environment variable CXX, or train with compile=false."
         )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that the device has, whoever uses them now."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.accelerator.get_memory_info(device)[1]
 
 
 def describe(device: torch.device) -> str:

@@ -130,6 +130,16 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
     )
 
 
+def closing_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Student before and after distillation, and the teacher, on the validation rows."""
+    keys = ("val_ce_loss", "val_kd_loss", "val_agreement")
+    rows = {"student before": [before[key] for key in keys], "student after": [after[key] for key in keys]}
+    rows["teacher"] = [after["val_teacher_ce_loss"], 0.0, 1.0]
+    lines = [f"{'validation':<16}{'ce':>8}{'KL to teacher':>16}{'top-1 agreement':>18}"]
+    lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, (ce, kl, agreement) in rows.items()]
+    return "\n".join(lines)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far: the allocator's on an accelerator, the process's resident set on the CPU."""
     if device.type != "cpu":

@@ -7,11 +7,54 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from kdtune import tokenizers
+import torch
+
+from kdtune import checkpoint, devices, optim, tokenizers
 from kdtune.memory import format_bytes
-from kdtune.models import LoraConfig, ModelConfig, num_parameters, trained_shapes
+from kdtune.models import (
+    LoraConfig,
+    ModelConfig,
+    check_checkpointing,
+    check_qat,
+    num_parameters,
+    trained_shapes,
+)
 from kdtune.tokenizers import Tokenizer
+
+
+def check_training(cfg: Any, device: torch.device, model: ModelConfig) -> None:
+    """Refuse settings about how weights are trained that exclude each other, or change nothing here.
+
+    Args:
+        cfg: a recipe's settings.
+        device: where the model is; `meta` is any GPU.
+        model: the architecture of what is trained.
+
+    Raises:
+        ValueError: says which, why and what to do.
+    """
+    check_checkpointing(
+        cfg.enable_activation_checkpointing,
+        cfg.activation_checkpointing_mode,
+        cfg.enable_activation_offloading,
+        device,
+    )
+    dtype = devices.DTYPES[cfg.dtype]
+    has_adapter = cfg.lora is not None
+    optim.check_optimizer(
+        cfg.optimizer,
+        dtype=torch.float32 if has_adapter and not cfg.lora.modules_to_save else dtype,
+        device=device,
+        in_backward=cfg.optimizer_in_bwd,
+        clip_grad_norm=cfg.clip_grad_norm,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+    )
+    if cfg.qat is not None:
+        check_qat(cfg.qat, model, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
+    if has_adapter:
+        checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, device, merged_dtype=cfg.save_dtype)
 
 
 def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdtune import devices
 from kdtune.config import setting
 from kdtune.data import Batch
-from kdtune.losses import Targets
+from kdtune.losses import Targets, distillation_loss
 from kdtune.models import Decoder, ModelConfig, Quantization, check_quantization, stream_layers
 
 
@@ -93,6 +93,30 @@ class LiveTeacher:
             hidden = self.model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         # Copied: what was made in inference mode cannot be kept for a backward, as a loss of one's own may want to.
         return Targets(hidden.to(self.head.weight.device, copy=True), self.head)
+
+    def compare(self, full_hidden: Tensor, batch: Batch, chunk_size: int | None) -> str:
+        """In words, how far this teacher's predictions are from those that it made before it was quantised.
+
+        Args:
+            full_hidden: [b, s, d], its last hidden states of `batch` then; the head is never quantised.
+            batch: anywhere.
+            chunk_size: of the loss.
+        """
+        batch = batch.to(full_hidden.device)
+        found = distillation_loss(
+            self(batch).hidden,
+            self.head,
+            batch.labels,
+            batch.num_labels,
+            Targets(full_hidden, self.head),
+            scored=batch.scored,
+            chunk_size=chunk_size,
+            with_metrics=True,
+        )
+        return (
+            f"KL(full, quantised) {found.kd:.2g}, ce {found.ce:.3f} (full: {found.teacher_ce:.3f}), "
+            f"top-1 agreement {found.agreement:.1%}"
+        )
 
     def judge(self, ce: float, source: str) -> str:
         """In words, what the teacher's cross-entropy of some text says about its weights.

@@ -34,6 +34,7 @@ from kdtune import (
     metrics,
     models,
     optim,
+    planning,
     preflight,
     profiling,
     tokenizers,
@@ -238,22 +239,6 @@ def check(cfg: Config) -> Inputs:
     run_device = devices.resolve(cfg.device)
     if cfg.compile:
         devices.check_compiler(run_device)
-    models.check_checkpointing(
-        cfg.enable_activation_checkpointing,
-        cfg.activation_checkpointing_mode,
-        cfg.enable_activation_offloading,
-        run_device,
-    )
-    dtype = devices.DTYPES[cfg.dtype]
-    only_adapters = cfg.lora is not None and not cfg.lora.modules_to_save
-    optim.check_optimizer(
-        cfg.optimizer,
-        dtype=torch.float32 if only_adapters else dtype,
-        device=run_device,
-        in_backward=cfg.optimizer_in_bwd,
-        clip_grad_norm=cfg.clip_grad_norm,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-    )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
@@ -267,37 +252,16 @@ def check(cfg: Config) -> Inputs:
 
     model_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     model = models.from_hf_config(model_config)
-    if cfg.qat is not None:
-        has_adapter = cfg.lora is not None
-        models.check_qat(cfg.qat, model, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
-    if cfg.lora is not None:
-        checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, run_device, merged_dtype=cfg.save_dtype)
+    check_settings(cfg, run_device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
     companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, tokenizer_path, template)
     preflight.check_vocabulary(tokenizer, model, "model")
-    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, "model")
 
-    estimate = memory.estimate(
-        model,
-        None,
-        dtype=dtype,
-        optimizer=cfg.optimizer,
-        optimizer_in_bwd=cfg.optimizer_in_bwd,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        batch_size=cfg.batch_size,
-        seq_len=cfg.tokenizer.max_seq_len,
-        activation_checkpointing=cfg.enable_activation_checkpointing,
-        loss_chunk_size=cfg.loss_chunk_size,
-        device=run_device,
-        packed=cfg.dataset.packed,
-    )
-    save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    needed = memory.disk(model, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0, cfg.lora)
-    preflight.check_disk_space(output_dir, needed)
+    preflight.check_disk_space(output_dir, memory.disk(cfg, model))
 
     loaded = load_data(cfg, tokenizer, model.vocab_size)
     profiling.check_profiler(cfg.profiler, loaded.num_steps)
@@ -312,7 +276,7 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, run_device)}")
     return Inputs(
         device=run_device,
         model_config=model_config,
@@ -324,6 +288,21 @@ def check(cfg: Config) -> Inputs:
         lr_schedule=lr_schedule,
         resume_from=resume_from,
     )
+
+
+def check_settings(cfg: Config, device: torch.device) -> None:
+    """Refuse settings that exclude each other, or do not go with the model. `kdtune plan` asks, too.
+
+    Args:
+        cfg: the settings; of the model `config.json` is read.
+        device: where the run computes; `meta` is any GPU.
+
+    Raises:
+        ValueError, OSError: which settings, why and what to do.
+    """
+    model = models.from_hf_config(cfg.checkpointer.read_config())
+    preflight.check_training(cfg, device, model)
+    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:

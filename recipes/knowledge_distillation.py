@@ -42,6 +42,7 @@ from kdtune import (
     metrics,
     models,
     optim,
+    planning,
     preflight,
     profiling,
     tokenizers,
@@ -182,7 +183,7 @@ def main(cfg: Config) -> None:
     found_by = writer.finish(run, devices.DTYPES[cfg.save_dtype or cfg.dtype])
     before, after = (logger.logged(step, "val_ce_loss") for step in (0, run.step))
     if before and after:
-        print(closing_table(before, after))
+        print(metrics.closing_table(before, after))
     logger.close()
     sampled = {"teacher": teacher.model, "student": student.eval()}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
@@ -241,7 +242,7 @@ def forward_backward(
     teacher: LiveTeacher,
     micro_batches: Sequence[data.Batch],
     num_tokens: int,
-    progress: float,
+    progress: float = 0.0,
 ) -> Tensor:
     """Gradients of one optimizer step, and what is logged of it: total, ce, kd and balanced kd, [4].
 
@@ -291,24 +292,6 @@ def check(cfg: Config) -> Inputs:
     run_device = devices.resolve(cfg.device)
     if cfg.compile:
         devices.check_compiler(run_device)
-    models.check_checkpointing(
-        cfg.enable_activation_checkpointing,
-        cfg.activation_checkpointing_mode,
-        cfg.enable_activation_offloading,
-        run_device,
-    )
-    teacher_device = cfg.teacher.place(run_device)
-    losses.build_divergence(cfg.kd_loss)
-    dtype = devices.DTYPES[cfg.dtype]
-    only_adapters = cfg.lora is not None and not cfg.lora.modules_to_save
-    optim.check_optimizer(
-        cfg.optimizer,
-        dtype=torch.float32 if only_adapters else dtype,
-        device=run_device,
-        in_backward=cfg.optimizer_in_bwd,
-        clip_grad_norm=cfg.clip_grad_norm,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-    )
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
@@ -326,13 +309,7 @@ def check(cfg: Config) -> Inputs:
     student_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     teacher_config = checkpoint.check_model(cfg.teacher_checkpointer)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
-    if cfg.qat is not None:
-        has_adapter = cfg.lora is not None
-        models.check_qat(cfg.qat, student, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
-    if cfg.lora is not None:
-        checkpoint.check_lora(cfg.lora, cfg.checkpointer, student, dtype, run_device, merged_dtype=cfg.save_dtype)
-    teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
-    check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=teacher_device)
+    check_settings(cfg, run_device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
@@ -340,26 +317,9 @@ def check(cfg: Config) -> Inputs:
     preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, model in (("student", student), ("teacher", teacher)):
-        preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
         preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, role)
 
-    estimate = memory.estimate(
-        student,
-        teacher,
-        dtype=dtype,
-        optimizer=cfg.optimizer,
-        optimizer_in_bwd=cfg.optimizer_in_bwd,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        batch_size=cfg.batch_size,
-        seq_len=cfg.tokenizer.max_seq_len,
-        activation_checkpointing=cfg.enable_activation_checkpointing,
-        loss_chunk_size=cfg.loss_chunk_size,
-        device=run_device,
-        packed=cfg.dataset.packed,
-    )
-    save_dtype = devices.DTYPES[cfg.save_dtype or cfg.dtype]
-    needed = memory.disk(student, dtype, save_dtype, cfg.optimizer, cfg.save_every_n_steps > 0, cfg.lora)
-    preflight.check_disk_space(output_dir, needed)
+    preflight.check_disk_space(output_dir, memory.disk(cfg, student))
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
     loaded = load_data(cfg, tokenizer, vocab_size)
@@ -376,7 +336,7 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    about {estimate} when every row has {cfg.tokenizer.max_seq_len} tokens")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, run_device)}")
     return Inputs(
         device=run_device,
         student_config=student_config,
@@ -388,6 +348,27 @@ def check(cfg: Config) -> Inputs:
         lr_schedule=lr_schedule,
         resume_from=resume_from,
     )
+
+
+def check_settings(cfg: Config, device: torch.device) -> None:
+    """Refuse settings that exclude each other, or do not go with the models. `kdtune plan` asks, too.
+
+    Args:
+        cfg: the settings; of each model `config.json` is read.
+        device: where the run computes; `meta` is any GPU.
+
+    Raises:
+        ValueError, OSError: which settings, why and what to do.
+    """
+    student, teacher = (
+        models.from_hf_config(one.read_config()) for one in (cfg.checkpointer, cfg.teacher_checkpointer)
+    )
+    losses.build_divergence(cfg.kd_loss)
+    preflight.check_training(cfg, device, student)
+    teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
+    check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=cfg.teacher.place(device))
+    for role, model in (("student", student), ("teacher", teacher)):
+        preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
@@ -505,28 +486,8 @@ def prove_teacher(
     first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size))
     num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
     if full_hidden is not None:
-        found = losses.distillation_loss(
-            teacher(first_batch).hidden,
-            teacher.head,
-            first_batch.labels.to(inputs.device),
-            first_batch.num_labels,
-            losses.Targets(full_hidden, teacher.head),
-            chunk_size=cfg.loss_chunk_size,
-            with_metrics=True,
-        )
-        quantization = f"teacher.quantization={cfg.teacher.quantization}"
-        print(f"{quantization} on {num_rows}: KL(full, quantised) {found.kd:.2g}, ce {found.ce:.3f}", end=" ")
-        print(f"(full: {found.teacher_ce:.3f}), top-1 agreement {found.agreement:.1%}")
+        found = teacher.compare(full_hidden, first_batch, cfg.loss_chunk_size)
+        print(f"teacher.quantization={cfg.teacher.quantization} on {num_rows}: {found}")
     values = evaluate(cfg, inputs, [first_batch], student, teacher)
     print(f"teacher check on {num_rows}: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
     print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
-
-
-def closing_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Student before and after, and the teacher, on the validation rows."""
-    keys = ("val_ce_loss", "val_kd_loss", "val_agreement")
-    rows = {"student before": [before[key] for key in keys], "student after": [after[key] for key in keys]}
-    rows["teacher"] = [after["val_teacher_ce_loss"], 0.0, 1.0]
-    lines = [f"{'validation':<16}{'ce':>8}{'KL to teacher':>16}{'top-1 agreement':>18}"]
-    lines += [f"{name:<16}{ce:>8.3f}{kl:>16.3f}{agreement:>18.1%}" for name, (ce, kl, agreement) in rows.items()]
-    return "\n".join(lines)

@@ -11,6 +11,8 @@ import pytest
 import tiny_runs
 import torch
 
+from kdtune import planning
+
 # Tests that start a process of their own compare its numbers with these bit for bit, and sums depend on the number of
 # threads. Tiny models are also faster with one.
 torch.set_num_threads(1)
@@ -118,6 +120,18 @@ def hf_folder(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def unplanned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without a plan, which costs more than a tiny run; tests that want it ask for `planned`."""
+    if "planned" not in request.fixturenames:
+        monkeypatch.setattr(planning, "describe", lambda *_: "not planned")
+
+
+@pytest.fixture
+def planned() -> None:
+    """See `unplanned`."""
 
 
 @pytest.fixture(scope="session")

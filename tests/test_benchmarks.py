@@ -80,6 +80,7 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             "all lora dora",
             "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --layers 1 --rank 2",
         ),
+        pytest.param("memory.py", "plain adapter", "--rows 1 --seq-len 16", marks=pytest.mark.slow),
         ("step.py", "kdtune", "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --teacher-hidden 32 --layers 1"),
     ],
 )

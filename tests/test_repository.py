@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "teacher": {"config", "data", "devices", "losses", "models"},
     "checkpoint": {"config", "models", "tokenizers"},
     "generation": {"config", "documents", "models", "tokenizers"},
-    "cli": {"cli", "config", "data"},
+    "cli": {"cli", "config", "data", "memory", "planning"},
 }
 
 
@@ -249,13 +249,13 @@ def fetch_nothing(repo: str, folder: Path, *_: Any) -> None:
 
 
 def try_command(words: list[str]) -> None:
-    """What the command does, but for a run and a look at its data, of which the settings are validated."""
+    """What the command does, but for a run, a plan and a look at data, of which the settings are validated."""
     command, *rest = words
-    if command in ("run", "data"):
+    if command in ("run", "data", "plan"):
         options = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-        for option in ("--dry-run",) if command == "run" else ("--val",):
+        for option in {"run": ("--dry-run",), "data": ("--val",), "plan": ("--json",)}[command]:
             options.add_argument(option, action="store_true")
-        for option in () if command == "run" else ("--rows", "--start", "--html"):
+        for option in {"run": (), "data": ("--rows", "--start", "--html"), "plan": ("--budget",)}[command]:
             options.add_argument(option)
         words = ["validate", *options.parse_known_args(rest)[1]]
     main(words)

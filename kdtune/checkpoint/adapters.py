@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_header, read_into
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_header, read_into
 from kdtune.models import (
     Decoder,
     LoraConfig,
@@ -217,7 +217,7 @@ def load_adapter(model: Decoder, folder: str | Path | None) -> None:
     Raises:
         ValueError: the adapter brings frozen weights along, and they are not the model's.
     """
-    if folder is None or model.head.weight.is_meta:
+    if folder is None or not has_data(model.head.weight):
         return
     adapter = read_adapter(folder, model.config)
     buffer = torch.empty(PIECE, dtype=torch.uint8)

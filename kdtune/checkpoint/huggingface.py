@@ -23,7 +23,7 @@ from kdtune.checkpoint.scaled import (
     refusal,
     with_scales,
 )
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, read_fp8, read_header, read_into
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_fp8, read_header, read_into
 from kdtune.models import (
     Decoder,
     ModelConfig,
@@ -179,8 +179,8 @@ def load_model(
     Args:
         folder: a Hugging Face checkpoint; `config.json` is enough for `random_weights`.
         dtype: of the weights in memory, whatever the files have.
-        device: where each weight is put as soon as it is read. On `meta` nothing is read but `config.json`
-            and the adapter's header.
+        device: where each weight is put as soon as it is read. On `meta`, and for a plan, nothing is read but
+            `config.json` and the adapter's header.
         adapter_dir: an adapter of the folder's model, merged into each weight as it is read. None: none.
         quantization: of the linear layers' weights, each as soon as it is there; None: as they are.
         keep_layers: layers of the folder's model to keep, increasing; the first becomes layer 0. None: all.
@@ -198,8 +198,8 @@ def load_model(
     if adapter is not None:
         hf_config = adapter.merged_config(hf_config)
     config = from_hf_config(select_layers(hf_config, keep_layers))
-    is_meta = torch.device(device).type == "meta"
-    stored = {} if random_weights or is_meta else check_files(folder, whole)
+    is_filled = has_data(torch.empty(0, device=device))
+    stored = {} if random_weights or not is_filled else check_files(folder, whole)
     quantized = quantized_shapes(config) if quantization else {}
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
@@ -207,9 +207,9 @@ def load_model(
         model = Decoder(config)
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if random_weights and not is_meta:
+        if random_weights and is_filled:
             _draw(name, weight, config.initializer_range, generator)
-        elif not is_meta:
+        elif is_filled:
             original = _name_in_folder(name, keep_layers)
             place = stored[original if original in stored else "model.embed_tokens.weight"]  # a head that was tied
             if adapter is not None and adapter.changes(original):

@@ -25,6 +25,18 @@ class CheckpointerConfig:
         has_own = self.adapter_dir is not None and (Path(self.adapter_dir) / "tokenizer_config.json").is_file()
         return self.adapter_dir if self.adapter_dir is not None and has_own else self.checkpoint_dir
 
+    def read_config(self) -> dict[str, Any]:
+        """The `config.json` of the model as it will be loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read_config`, `from_hf_config` and `read_adapter`.
+        """
+        hf_config = read_config(self.checkpoint_dir)
+        config = from_hf_config(hf_config)
+        return (
+            hf_config if self.adapter_dir is None else read_adapter(self.adapter_dir, config).merged_config(hf_config)
+        )
+
 
 @dataclass
 class StartCheckpointerConfig(CheckpointerConfig):
@@ -38,6 +50,14 @@ class StartCheckpointerConfig(CheckpointerConfig):
         """Whether the model is that of `checkpoint_dir` as it is, so that an adapter of it can be used elsewhere."""
         return self.keep_layers is None and self.adapter_dir is None
 
+    def read_config(self) -> dict[str, Any]:
+        """The `config.json` of the model as it will be loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `read_adapter` and `select_layers`.
+        """
+        return select_layers(super().read_config(), self.keep_layers)
+
 
 def check_model(cfg: CheckpointerConfig) -> dict[str, Any]:
     """The `config.json` of a model as it will be loaded, once everything it is loaded from is known to be there.
@@ -45,10 +65,8 @@ def check_model(cfg: CheckpointerConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_config`, `check_files` and `read_adapter`.
     """
-    hf_config = read_config(cfg.checkpoint_dir)
-    config = from_hf_config(hf_config)
-    check_files(cfg.checkpoint_dir, config)
-    return hf_config if cfg.adapter_dir is None else read_adapter(cfg.adapter_dir, config).merged_config(hf_config)
+    check_files(cfg.checkpoint_dir, from_hf_config(read_config(cfg.checkpoint_dir)))
+    return cfg.read_config()
 
 
 def check_start(
@@ -70,13 +88,9 @@ def check_start(
             "checkpointer.adapter_dir is a change of trained weights, and checkpointer.random_weights=true reads none. "
             "Leave one of them out."
         )
-    hf_config = read_config(cfg.checkpoint_dir)
-    whole = from_hf_config(hf_config)
-    if cfg.adapter_dir is not None:
-        hf_config = read_adapter(cfg.adapter_dir, whole).merged_config(hf_config)
-    config = select_layers(hf_config, cfg.keep_layers)
+    config = cfg.read_config()
     if not cfg.random_weights and (resume_from is None or lora is not None):
-        check_files(cfg.checkpoint_dir, whole)
+        check_files(cfg.checkpoint_dir, from_hf_config(read_config(cfg.checkpoint_dir)))
     if lora is not None:
         if (folder := resume_from or lora.start_from) is not None:
             check_adapter(folder, from_hf_config(config), lora)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is a number only together with a scale. Each is exact in bfloat16.
@@ -85,6 +86,11 @@ def _place(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
 
 def _damaged(file: Path, how: str) -> str:
     return f"{file} is not a complete safetensors file: {how}. Download or copy it again."
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there is anything to fill: not on meta, nor in a plan, where tensors are shapes alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:

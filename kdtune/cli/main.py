@@ -16,6 +16,7 @@ COMMANDS = {
     "cp": "copy a recipe or a config, to change it",
     "cat": "print a recipe or a config",
     "validate": "check a config against its recipe's settings",
+    "plan": "say what memory and time a run would take",
     "data": "look at what a run would train on",
     "download": "fetch a model from the Hugging Face hub",
 }

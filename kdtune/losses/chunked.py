@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +151,7 @@ def default_chunk_size(vocab_size: int, teacher_vocab_size: int, device: torch.d
 
     Products of so many rows run at full speed; more rows would only take memory.
     """
-    budget = 2**30 if device.type == "cuda" else 2**28
+    budget = 2**30 if device.type in ("cuda", "meta") else 2**28  # a plan on meta is one of a GPU
     return max(64, budget // (4 * (vocab_size + teacher_vocab_size)) // 64 * 64)
 
 
@@ -252,7 +252,7 @@ class _Sweep:
         size = min(self.chunk_size, len(scored))
         student_buffer = weights.new_empty(size, self.student.vocab_size)
         teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)  # free again once a chunk is scored
-        for positions in scored.split(self.chunk_size) if len(scored) else ():
+        for positions in chunks(scored, self.chunk_size):
             logits = self.student.logits(positions, student_buffer)  # [n, v]
             teacher_chunk = tuple(x[positions] for x in self.top_k)
             if self.teacher is not None:
@@ -270,6 +270,11 @@ class _Sweep:
 def scored_positions(labels: Tensor) -> Tensor:
     """Which of [...] labels there are, [t] int64, counted through all of them. A GPU has to wait for it."""
     return (labels.flatten() != IGNORE).nonzero()[:, 0]
+
+
+def chunks(scored: Tensor, size: int) -> Sequence[Tensor]:
+    """`size` positions at a time. A plan takes the first two, which take what the others take."""
+    return scored.split(size) if len(scored) else ()
 
 
 class _ChunkedLoss(torch.autograd.Function):

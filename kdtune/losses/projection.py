@@ -127,7 +127,7 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor, beta: int) -> None:
     """out = beta * out + x @ weight.T, [n, v] from [n, d] and [v, d], with `out` in float32 or wider."""
     if x.dtype == weight.dtype == out.dtype:
         torch.addmm(out, x, weight.T, beta=beta, out=out)
-    elif x.dtype == weight.dtype and x.is_cuda:
+    elif x.dtype == weight.dtype and _widens(x):
         torch.addmm(out, x, weight.T, out_dtype=out.dtype, beta=beta, out=out)
     else:
         with _bf16_products(x.dtype == weight.dtype == torch.bfloat16):
@@ -140,7 +140,7 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor, beta: int) -> None:
 def _times(logits_grad: Tensor, weight: Tensor) -> Tensor:
     """logits_grad @ weight, [n, d] from [n, v] and [v, d]."""
     if logits_grad.dtype == weight.dtype:
-        if weight.is_cuda and weight.dtype == torch.bfloat16:  # its parts might be added in bf16 otherwise
+        if _widens(weight) and weight.dtype == torch.bfloat16:  # its parts might be added in bf16 otherwise
             return torch.mm(logits_grad, weight, out_dtype=torch.float32)
         return logits_grad @ weight
     out = logits_grad.new_zeros(len(logits_grad), weight.shape[1])
@@ -152,11 +152,16 @@ def _times(logits_grad: Tensor, weight: Tensor) -> Tensor:
 
 def _add_outer(out: Tensor, logits_grad: Tensor, rounded: Tensor, x: Tensor) -> None:
     """out += logits_grad.T @ x, [v, d] from [n, v] and [n, d], with `out` in float32 or wider."""
-    if x.is_cuda and x.dtype == rounded.dtype != out.dtype:
+    if _widens(x) and x.dtype == rounded.dtype != out.dtype:
         torch.addmm(out, rounded.T, x, out_dtype=out.dtype, out=out)
     else:
         with _bf16_products(x.dtype == torch.bfloat16):
             torch.addmm(out, logits_grad.T, x.to(out.dtype), out=out)
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether products of 16-bit numbers come out in float32 there: on CUDA, for which meta stands in a plan."""
+    return x.is_cuda or x.is_meta
 
 
 def _rows_at_a_time(weight: Tensor, dtype: torch.dtype) -> int:

@@ -79,7 +79,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
         return _attend_within(queries, keys, values, sight)
     # On CUDA, kernels that take fewer key heads know no mask and no float32; what then remains holds [b, h, s, s]
     # (torch 2.13). Repeated heads open the memory-efficient kernel again.
-    native = sight is None and (queries.dtype in (torch.bfloat16, torch.float16) or not queries.is_cuda)
+    is_gpu = queries.is_cuda or queries.is_meta  # in a plan, meta stands for a GPU
+    native = sight is None and (queries.dtype in (torch.bfloat16, torch.float16) or not is_gpu)
     group_size = queries.size(1) // keys.size(1)  # query heads that share a key head
     if not native and group_size > 1:
         keys, values = (heads.repeat_interleave(group_size, dim=1) for heads in (keys, values))
@@ -106,14 +107,11 @@ def _attend_within(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCa
 
 def has_varlen_kernel(like: Tensor, head_dim: int) -> bool:
     """Whether torch's kernel for documents of any length, which is FlashAttention 2, takes heads of this size."""
-    return (
-        like.is_cuda
-        and torch.version.hip is None
-        and like.dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(like.device) >= (8, 0)
-    )
+    if like.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return False
+    if like.is_meta:  # a plan, which is for such a device
+        return True
+    return like.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (8, 0)
 
 
 def _varlen(queries: Tensor, keys: Tensor, values: Tensor, sight: BlockCausal) -> Tensor:

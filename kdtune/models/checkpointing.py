@@ -111,6 +111,9 @@ class Offloader:
         return saved_tensors_hooks(pack, unpack)
 
 
+_WITHOUT_STREAMS = ("cpu", "meta")  # meta: of a plan
+
+
 class _Away:
     """The input of a layer, wherever it is.
 
@@ -121,8 +124,7 @@ class _Away:
     def __init__(self, x: Tensor) -> None:
         self._x: Tensor | None = x.detach()
         self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
-        # On `meta`, where a run is planned, there is nothing to copy.
-        self._host = None if x.is_meta else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type not in _WITHOUT_STREAMS)
         self._copied = self._copy(self._host, self._x)
 
     def leave(self) -> None:
@@ -144,10 +146,8 @@ class _Away:
         assert x is not None
         return x
 
-    def _copy(self, target: Tensor | None, source: Tensor | None) -> torch.Event | None:
-        if target is None or source is None:
-            return None
-        if self._device.type == "cpu":
+    def _copy(self, target: Tensor, source: Tensor) -> torch.Event | None:
+        if self._device.type in _WITHOUT_STREAMS:
             target.copy_(source)
             return None
         stream = _side_stream(self._device)

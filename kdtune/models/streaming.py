@@ -16,7 +16,7 @@ from kdtune.models.quantization import is_quantized
 def stream_layers(model: Decoder, device: torch.device) -> None:
     """Let a frozen model that is in host memory compute on `device`: what is outside of its layers moves there."""
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
-        module.to(device)
+        module.weight = nn.Parameter(module.weight.to(device), requires_grad=False)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     layers = list(model.model.layers)

@@ -131,24 +131,23 @@ class AdamW(torch.optim.Optimizer):
 
     def _copies(self, parameter: Tensor) -> "_Copies | None":
         """Of weight and gradient on the host, which are there as soon as they are `ready`."""
-        if not self._offload or parameter.is_meta:
+        if not self._offload:
             return None
         assert parameter.grad is not None
         # To memory that the GPU writes by itself: torch takes such for copies that need not be waited for.
         weight, gradient = (t.to("cpu", non_blocking=True) for t in (parameter.detach(), parameter.grad))
+        if parameter.is_meta:  # a plan, which waits for nothing
+            return _Copies(weight, gradient, None)
         return _Copies(weight, gradient, torch.accelerator.current_stream(parameter.device).record_event())
 
     def _step(self, parameter: Tensor, copies: "_Copies | None") -> None:
-        if parameter.is_meta:  # a plan, in which the host's memory is not looked at
-            if not self._offload:
-                self._state(parameter)
-            return
         if copies is None:
             assert parameter.grad is not None
             # The kernel takes gradients to lie in memory as the weights do, and some are transposed.
             self._advance(parameter, parameter.detach(), parameter.grad.contiguous())
         else:
-            copies.ready.synchronize()
+            if copies.ready is not None:
+                copies.ready.synchronize()
             self._advance(parameter, copies.weight, copies.gradient.contiguous())
             parameter.copy_(copies.weight, non_blocking=True)
 
@@ -167,8 +166,7 @@ class AdamW(torch.optim.Optimizer):
         size = BLOCK if weight.device.type == "cpu" else BLOCK_ON_GPU
         # Codes and scales are fewer than weights, in a ratio that divides a block.
         flat = [tensor.view(-1) for tensor in (weight, gradient, *kept.values())]
-        pieces = [tensor.split(size * tensor.numel() // weight.numel()) for tensor in flat]
-        for weights, gradients, *others in zip(*pieces, strict=True):
+        for weights, gradients, *others in blocks(flat, size):
             block = dict(zip(kept, others, strict=True))
             rest = block.get("rest")
             value = widen(weights) if rest is None else join(weights, rest)
@@ -186,14 +184,21 @@ class AdamW(torch.optim.Optimizer):
         if self._precision != "stochastic":
             return lambda value, rounded: rounded.copy_(value)
         digest = hashlib.blake2b(f"{self._seed} {step} {index}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+        generator = torch.Generator("cpu" if device.type == "meta" else device)
+        generator.manual_seed(int.from_bytes(digest, "little"))
         return functools.partial(round_stochastically, generator=generator)
 
 
 class _Copies(NamedTuple):
     weight: Tensor
     gradient: Tensor
-    ready: torch.Event
+    ready: torch.Event | None
+
+
+def blocks(tensors: list[Tensor], size: int) -> Iterable[tuple[Tensor, ...]]:
+    """`size` values of the first tensor at a time, and the same part of the others. A plan takes the first of them."""
+    pieces = [tensor.split(size * tensor.numel() // tensors[0].numel()) for tensor in tensors]
+    return zip(*pieces, strict=True)
 
 
 def _fused_adamw(

@@ -52,7 +52,7 @@ def read(moment: Tensor, scale: Tensor | None, *, signed: bool) -> Tensor:
     else:
         packed = _is_packed(moment, scale)
         codes = torch.stack([moment >> 4, moment & 15], dim=-1).view(-1) if packed else moment
-        decoded = _table(4 if packed else 8, signed, moment.device).values.index_select(0, codes.int())
+        decoded = table(4 if packed else 8, signed, moment.device).values.index_select(0, codes.int())
     return (decoded.view(len(scale), -1) * scale[:, None]).view(-1)
 
 
@@ -71,7 +71,7 @@ def write(
         moment.copy_((blocks / scale[:, None]).view(-1))
     else:
         packed = _is_packed(moment, scale)
-        codes = _table(4 if packed else 8, signed, moment.device).nearest((blocks / scale[:, None]).view(-1))
+        codes = table(4 if packed else 8, signed, moment.device).nearest((blocks / scale[:, None]).view(-1))
         moment.copy_(codes[::2] << 4 | codes[1::2] if packed else codes)
     if not signed and not _is_packed(moment, scale):
         moment.view(torch.uint8).clamp_(min=1)  # in both formats code 0 is the value 0, and code 1 the next one
@@ -110,7 +110,8 @@ class _Table(NamedTuple):
 
 
 @functools.cache
-def _table(bits: int, signed: bool, device: torch.device) -> _Table:
+def table(bits: int, signed: bool, device: torch.device) -> _Table:
+    """What a moment's codes stand for. Made once for a device, where it then stays."""
     if bits == 4 and not signed:
         values = torch.linspace(0, 1, 17)[1:]
     else:

@@ -110,6 +110,8 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         ["run", "distil", "--config", "tinny"],
         ["data", "--help"],
         ["data", "distill"],
+        ["plan", "--help"],
+        ["plan", "distill"],
     ],
 )
 def test_torch_is_not_imported(argv: list[str], shipped: Path) -> None:

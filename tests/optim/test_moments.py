@@ -62,7 +62,7 @@ def test_codes_and_values_are_those_of_torchao(name: moments.Name, signed: bool)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_code_that_is_looked_up_is_the_nearest(bits: int, signed: bool) -> None:
     """At the ends of all ranges that the table knows, at the middles between codes, and around both."""
-    table = moments._table(bits, signed, CPU)
+    table = moments.table(bits, signed, CPU)
     upper = torch.arange(2**16, dtype=torch.int32) << 16
     ends = torch.cat([upper, upper | (2**16 - 1)]).view(torch.float32)
     value = torch.cat([ends[ends.abs() <= 1], table.middles[:-1], table.values, torch.rand(10**5) * 2 - 1])

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import distil, finetune
 
-from kdtune import checkpoint, data, optim, tokenizers
+from kdtune import checkpoint, data, optim, planning, tokenizers
 from kdtune.checkpoint import state
 from kdtune.cli import catalog
 from kdtune.cli.main import main
@@ -415,7 +415,7 @@ def test_a_run_is_not_overwritten_unasked(
 
 
 def test_a_dry_run_touches_nothing(
-    recipe: Recipe, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tiny: Path, tmp_path: Path, planned: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = recipe(tiny, tmp_path / "run", *SHORT)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -426,6 +426,15 @@ def test_a_dry_run_touches_nothing(
     out = capsys.readouterr().out
     assert "9 steps, fp32" in out
     assert "memory    about" in out
+
+
+def test_a_plan_changes_nothing(
+    recipe: Recipe, tiny: Path, tmp_path: Path, planned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_bits = [*SHORT, "optimizer.name=adamw_8bit"]
+    planned_run = recipe(tiny, tmp_path / "planned", *few_bits)
+    monkeypatch.setattr(planning, "describe", lambda *_: "not planned")
+    assert tiny_runs.numbers(planned_run) == tiny_runs.numbers(recipe(tiny, tmp_path / "unplanned", *few_bits))
 
 
 def test_resuming_without_a_checkpoint_starts(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What lets a step run on tensors without data."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdtune.losses import chunked
+from kdtune.optim import adamw, moments
+from kdtune.optim.adamw import blocks
+from kdtune.planning import kernels
+
+aten = torch.ops.aten
+
+
+Compute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_SMALL = 16 * 2**20  # bytes
+
+
+@contextmanager
+def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
+    """Make tensors without data: on `meta`, which stands for a GPU, whichever is meant, and on the CPU if asked.
+
+    Args:
+        host: also on the CPU, which stands for itself. It triples the time, so it is for where the CPU has a part.
+
+    Yields:
+        How an operator is carried out, see `Tracker`.
+        In the end, the shares of the labelled positions that the loss has looked at.
+    """
+    shares: list[float] = []
+
+    def first_chunks(scored: Tensor, size: int) -> Sequence[Tensor]:
+        chunks = scored.split(size)[:2]
+        shares.append(sum(map(len, chunks)) / len(scored))
+        return chunks
+
+    def first_block(tensors: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+        return itertools.islice(blocks(tensors, size), 1)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(chunked, "chunks", first_chunks))
+        stack.enter_context(_replaced(adamw, "blocks", first_block))
+        # What is kept from one step to the next has no data either, and must not outlive the plan.
+        stack.enter_context(_replaced(moments, "table", functools.cache(moments.table.__wrapped__)))
+        for name, stand_in in (("scaled_dot_product_attention", kernels.attention), ("rms_norm", kernels.rms_norm)):
+            stack.enter_context(_replaced(F, name, _on_meta(stand_in, getattr(F, name))))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if host:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield _compute if host else _compute_beside_host, shares
+
+
+class HostHasAPart(Exception):
+    """The CPU is given tensors that are better made without data."""
+
+
+def _compute_beside_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_on_host = bool(args) and isinstance(args[0], Tensor) and args[0].is_cpu
+    out = func(*args, **kwargs) if is_on_host else _compute(func, args, kwargs)
+    if isinstance(out, Tensor) and out.is_cpu and out.nbytes > _SMALL:
+        raise HostHasAPart
+    return out
+
+
+def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Carry out an operator on tensors without data.
+
+    What only data tells is answered by what takes most. What would change nothing but data is left out, for the time.
+    """
+    if func is torch.ops.prim.device.default:
+        return args[0].fake_device
+    if "out" in kwargs:
+        return kwargs["out"]
+    if _changes_data_alone(func):
+        return args[0] if func._schema.returns else None
+    if func is aten.nonzero.default:
+        return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+    if func is aten._local_scalar_dense.default:
+        return 1.0 if args[0].dtype.is_floating_point else 1
+    if func is aten.index.Tensor:
+        args = args[0], [index for mask in args[1] for index in _indices(mask)]
+    return func(*args, **kwargs)
+
+
+def _on_meta(stand_in: Callable[..., Tensor], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # Not a TorchFunctionMode: within a backward, where layers may be computed again, none is active.
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (stand_in if input.is_meta else function)(input, *args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _changes_data_alone(func: Any) -> bool:
+    """Whether it writes into its first argument and does no more."""
+    if not func._schema.arguments or torch.Tag.inplace_view in func.tags or func._schema.name in _RESIZING:
+        return False
+    first, returns = func._schema.arguments[0], func._schema.returns
+    is_written = first.alias_info is not None and first.alias_info.is_write
+    return is_written and all(result.alias_info is not None for result in returns)
+
+
+_RESIZING = ("aten::resize_", "aten::resize_as_", "aten::set_")
+
+
+def _indices(mask: Tensor | None) -> list[Tensor | None]:
+    """A mask is an index of as many dimensions as it has, with all of its elements."""
+    if mask is None or mask.dtype not in (torch.bool, torch.uint8):
+        return [mask]
+    return [mask.new_empty(mask.numel(), dtype=torch.int64) for _ in range(mask.dim())]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

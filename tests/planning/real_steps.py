@@ -1,0 +1,123 @@
+"""Small models, their plans, and real steps to hold the plans against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdtune import checkpoint, config, data
+from kdtune.cli import catalog
+from kdtune.cli.recipe import load_module
+from kdtune.documents import Documents
+from kdtune.optim import moments
+from kdtune.planning import Peak, Plan, Tracker, plan
+
+KD, FINETUNE = "knowledge_distillation", "finetune"
+STUDENT = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+# Of sizes that every kind of quantisation takes.
+TEACHER = STUDENT | {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def write_config(folder: Path, hf_config: dict[str, Any]) -> Path:
+    """A folder without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    return folder
+
+
+def write_model(folder: Path, hf_config: dict[str, Any]) -> Path:
+    """A folder with random weights."""
+    write_config(folder, hf_config)
+    model = checkpoint.load_model(folder, dtype=torch.float32, device="cpu", random_weights=True)
+    checkpoint.save_model(model, folder, config=hf_config)
+    return folder
+
+
+def recipe(name: str) -> ModuleType:
+    return load_module(catalog.find_recipe(name))
+
+
+def settings(name: str, student: Path, teacher: Path, *overrides: str) -> Any:
+    """Those of a run; without rows, which a plan does not read."""
+    common = [
+        f"checkpointer.checkpoint_dir={student}",
+        "checkpointer.random_weights=true",
+        "tokenizer.max_seq_len=128",
+        "batch_size=2",
+        "loss_chunk_size=48",
+        "output_dir=unwritten",
+        "device=cpu",
+        "dtype=fp32",
+    ]
+    if name == KD:
+        common.append(f"teacher_checkpointer.checkpoint_dir={teacher}")
+    return config.load(recipe(name).Config, None, [*common, *overrides])
+
+
+def planned(name: str, cfg: Any) -> Plan:
+    return plan(cfg, recipe(name).build, recipe(name).forward_backward)
+
+
+def step(name: str, cfg: Any, built: tuple[Any, ...]) -> None:
+    """An optimizer step on random rows of the full length with a label everywhere."""
+    *models, optimizer = built
+    shape = cfg.batch_size, cfg.tokenizer.max_seq_len
+    micro_batches = []
+    for _ in range(cfg.gradient_accumulation_steps):
+        tokens, labels = (torch.randint(STUDENT["vocab_size"], shape) for _ in range(2))
+        documents = Documents.in_rows([[shape[1]]] * shape[0]) if cfg.dataset.packed else None
+        micro_batches.append(data.Batch(tokens, labels, torch.arange(shape[1]).expand(shape), documents))
+    recipe(name).forward_backward(cfg, *models, micro_batches, data.count_labels(micro_batches))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measured(name: str, cfg: Any) -> Peak:
+    """Of a real second step on the CPU, by the tracker that a plan is made with."""
+    tracker = Tracker()
+    moments.table.cache_clear()
+    with tracker:
+        built = recipe(name).build(cfg, torch.device("cpu"))
+        step(name, cfg, built)
+        tracker.restart()
+        step(name, cfg, built)
+    return tracker.peaks[torch.device("cpu")]
+
+
+def recorded(name: str, cfg: Any) -> int:
+    """The same by the allocator's own record: what lives before the second step, and the most that it adds."""
+    built = recipe(name).build(cfg, torch.device("cpu"))
+    step(name, cfg, built)
+    *models, optimizer = built
+    modules = [model if isinstance(model, nn.Module) else model.model for model in models]
+    tensors = [parameter for module in modules for parameter in module.parameters()]
+    tensors += [tensor for state in optimizer.state.values() for tensor in state.values()]
+    before = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(name, cfg, built)
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return sum(before.values()) + peak
