@@ -76,8 +76,9 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        reads = name in self.READING or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+        name, _, overload = func.name().removeprefix("aten::").partition(".")
+        repeats = name == "repeat_interleave" and overload != "self_int" and kwargs.get("output_size") is None
+        reads = name in self.READING or repeats
         by_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
