@@ -54,17 +54,13 @@ def test_recording_changes_no_number(tiny: Path, tmp_path: Path) -> None:
     assert events(trace)["[memory]"] > 0
 
 
-def test_a_resumed_run_records_steps_of_its_own(tiny: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_records_steps_of_its_own_and_another_run_keeps_none(tiny: Path, tmp_path: Path) -> None:
     constant = "lr_scheduler.name=constant"  # which does not depend on the number of steps
     whole = distil(tiny, tmp_path / "whole", constant)
     run = distil(tiny, tmp_path / "run", constant, "max_steps=6", "save_every_n_steps=6", *RECORDED)
     distil(tiny, run, constant, *RECORDED, "resume_from_checkpoint=true")
     assert sorted(path.name for path in (run / "profile").iterdir()) == ["steps_3_to_4.json.gz", "steps_9_to_9.json.gz"]
     tiny_runs.assert_same_weights(whole / "model", run / "model")
-
-
-def test_another_run_does_not_keep_the_record(tiny: Path, tmp_path: Path) -> None:
-    run = distil(tiny, tmp_path / "run", "max_steps=4", *RECORDED)
     distil(tiny, run, "max_steps=1", "overwrite_output_dir=true")
     assert not (run / "profile").exists()
 

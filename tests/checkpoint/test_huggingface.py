@@ -366,38 +366,52 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from kdtune.checkpoint import load_model
+from kdtune.models import num_bytes, quantize
 
 def resident(kind):  # bytes; getrusage would start from the parent's peak
     return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 for name in sys.argv[2:]:
+    dtype, kind = (torch.bfloat16, name) if name == "fp8" else (getattr(torch, name), None)
+    if kind is not None:
+        quantize(torch.ones(64, 512), kind)  # which imports torchao
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    model = load_model(sys.argv[1], dtype=getattr(torch, name), device="cpu")
-    print((resident("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
+    model = load_model(sys.argv[1], dtype=dtype, device="cpu", quantization=kind)
+    print((resident("VmHWM") - before) / sum(num_bytes(parameter) for parameter in model.parameters()))
     del model
 """
+
+
+def peaks(folder: Path, config: dict[str, Any], *kinds: str) -> list[float]:
+    """Of the host's memory while a model is loaded, to what the model holds."""
+    config = {"model_type": "llama", "num_attention_heads": 8, "tie_word_embeddings": True, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder, random_weights=True, dtype=torch.bfloat16)
+    save_model(model, folder, config=config)
+    del model
+    command = [sys.executable, "-c", MEASURE, str(folder), *kinds]
+    return [float(ratio) for ratio in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_host_memory_is_the_model(tmp_path: Path) -> None:
     """Also where the weights change their type."""
     config = {
-        "model_type": "llama",
         "vocab_size": 60_000,  # one tensor of over half the model
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "tie_word_embeddings": True,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load(tmp_path, random_weights=True)
-    save_model(model, tmp_path, config=config)
-    del model
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), "float32", "bfloat16"]
-    ratios = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert [float(ratio) for ratio in ratios] == pytest.approx([1, 1], abs=0.1)
+    assert peaks(tmp_path, config, "float32", "bfloat16") == pytest.approx([1, 1], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_host_memory_is_the_model_in_few_bits(tmp_path: Path) -> None:
+    """What is taken while weights are rounded leaves no holes between them."""
+    config = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24}
+    assert peaks(tmp_path, config, "fp8")[0] < 1.5
 
 
 # Quantised while it is read.
