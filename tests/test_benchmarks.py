@@ -81,7 +81,11 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --layers 1 --rank 2",
         ),
         pytest.param("memory.py", "plain adapter", "--rows 1 --seq-len 16", marks=pytest.mark.slow),
-        ("step.py", "kdtune", "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --teacher-hidden 32 --layers 1"),
+        (
+            "step.py",
+            "kdtune kdtune-small kdtune-lora",
+            "--rows 2 --seq-len 12 --vocabulary 50 --hidden 16 --teacher-hidden 32 --layers 1",
+        ),
     ],
 )
 def test_without_peers(program: str, variants: str, sizes: str, run: Run, one_process: None) -> None:

@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import harness
-import step
 import torch
+from harness import Answer, Meter, Variant
+from pair import IGNORE, LR, batches, write_model
 from torch import nn
 
 from kdtune import checkpoint, devices, losses, models, optim
-
-IGNORE = losses.IGNORE
 
 
 def lora(settings: argparse.Namespace, use_dora: bool) -> models.LoraConfig:
@@ -35,8 +34,8 @@ def kdtune(settings: argparse.Namespace, kind: str | None) -> Callable[[], float
     if kind is not None:
         models.add_lora(model, lora(settings, kind == "dora"), seed=0)
         checkpoint.load_adapter(model, settings.models / kind)
-    optimizer = optim.build_optimizer(model, optim.OptimizerConfig(lr=step.LR, weight_decay=0.0, beta2=0.999))
-    stream = step.batches(settings)
+    optimizer = optim.build_optimizer(model, optim.OptimizerConfig(lr=LR, weight_decay=0.0, beta2=0.999))
+    stream = batches(settings)
 
     def one_step() -> float:
         tokens, unshifted, _ = (tensor.to(device) for tensor in next(stream))
@@ -61,8 +60,8 @@ def peft(settings: argparse.Namespace, kind: str) -> Callable[[], float]:
     base = AutoModelForCausalLM.from_pretrained(settings.models / "student", dtype=dtype).to(device)
     model = PeftModel.from_pretrained(base, settings.models / kind, is_trainable=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=step.LR, weight_decay=0.0, fused=True)
-    stream = step.batches(settings)
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    stream = batches(settings)
 
     def one_step() -> float:
         tokens, labels, mask = (tensor.to(device) for tensor in next(stream))
@@ -75,12 +74,20 @@ def peft(settings: argparse.Namespace, kind: str) -> Callable[[], float]:
     return one_step
 
 
+def variant(title: str, make_step: Callable[[argparse.Namespace], Callable[[], float]]) -> Variant:
+    def make(settings: argparse.Namespace) -> Callable[[], Answer]:
+        one_step = make_step(settings)
+        return partial(Meter(devices.resolve(settings.device)), one_step)
+
+    return Variant(title, make)
+
+
 VARIANTS = {
-    "all": step.variant("kdtune, all weights", partial(kdtune, kind=None)),
-    "lora": step.variant("kdtune, LoRA", partial(kdtune, kind="lora")),
-    "peft-lora": step.variant("PEFT, LoRA", partial(peft, kind="lora")),
-    "dora": step.variant("kdtune, DoRA", partial(kdtune, kind="dora")),
-    "peft-dora": step.variant("PEFT, DoRA", partial(peft, kind="dora")),
+    "all": variant("kdtune, all weights", partial(kdtune, kind=None)),
+    "lora": variant("kdtune, LoRA", partial(kdtune, kind="lora")),
+    "peft-lora": variant("PEFT, LoRA", partial(peft, kind="lora")),
+    "dora": variant("kdtune, DoRA", partial(kdtune, kind="dora")),
+    "peft-dora": variant("PEFT, DoRA", partial(peft, kind="dora")),
 }
 
 
@@ -102,7 +109,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "student")
-        step.write_model(base, settings.hidden, settings.layers, settings.vocabulary, seed=0)
+        write_model(base, settings.hidden, settings.layers, settings.vocabulary, seed=0)
         for kind in ("lora", "dora"):
             model = checkpoint.load_model(base, dtype=devices.DTYPES[settings.dtype], device="cpu")
             models.add_lora(model, lora(settings, kind == "dora"), seed=0)
@@ -115,7 +122,7 @@ def main() -> None:
             f"{harness.median(found, 'cpu_s'):.3g}",
             f"{harness.ratio(found, first, 'cpu_s'):.2f}",
             f"{harness.median(found, 'memory_mib'):,.0f}",
-            f"{found[-1]['loss']:.5f}",
+            f"{found[-1]['result']:.5f}",
         ]
         for name, found in answers.items()
     ]

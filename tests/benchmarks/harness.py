@@ -113,11 +113,11 @@ class Meter:
             self._before = metrics.peak_memory_gib(self._device)
         self._wait()
         cpu_before, wall_before = time.process_time(), time.perf_counter()
-        loss = call()
+        result = call()
         self._wait()
         answer = {"cpu_s": time.process_time() - cpu_before, "wall_s": time.perf_counter() - wall_before}
         answer["memory_mib"] = (metrics.peak_memory_gib(self._device) - self._before) * 1024
-        return answer if loss is None else {**answer, "loss": loss}
+        return answer if result is None else {**answer, "result": result}
 
     def _forget_peak(self) -> None:
         if self._device.type != "cpu":

@@ -100,11 +100,11 @@ def main() -> None:
 
 def value(name: str, answer: Answer, expected: dict[str, float], tolerance: float) -> tuple[str, str]:
     """What came out, and what it is."""
-    if "loss" not in answer:
+    if "result" not in answer:
         return "", ""
     kind = OBJECTIVES[name].value
-    wrong = abs(answer["loss"] - expected[kind]) > tolerance * expected[kind]
-    return f"{answer['loss']:.5f}", f"NOT {kind}, {expected[kind]:.5f}" if wrong else kind
+    wrong = abs(answer["result"] - expected[kind]) > tolerance * expected[kind]
+    return f"{answer['result']:.5f}", f"NOT {kind}, {expected[kind]:.5f}" if wrong else kind
 
 
 if __name__ == "__main__":

@@ -1,216 +1,188 @@
 """Measure whole training steps: both bodies forward, the loss, backward, clipping, AdamW.
 
     python tests/benchmarks/step.py
+    python tests/benchmarks/step.py --variants kdtune trl-gkd trl-distillation
 
-A pair of random Llamas is written as Hugging Face folders, which kdtune and transformers both load, and every variant
-takes the same steps on the same batches: a quarter of a row's length is its prompt, and up to half of it is padding;
-neither is scored. The objective is forward KL alone, which is what TRL has; equal losses after several steps show that
-the same was computed. Memory is above the loaded models: gradients, AdamW's moments, activations and the loss. A few
-minutes on two cores.
+A pair of random Llamas is written as Hugging Face folders, which all tools load, and every variant takes the same steps
+on the same batches: a quarter of a row's length is its prompt, and up to half of it is padding; neither is scored. The
+objective is forward KL alone, which is what TRL has. Equal norms of the gradient after several steps show that the same
+was computed. Ratios are to the first variant. "floor" is the share that the matrix products without which there is no
+such step, at the rate of square ones in the same round, have of its time (on a CPU, of processor seconds): neither
+padding nor recomputation is among them. "tensors" is the most that tensors take in a step, weights and moments
+included. Each variant's process takes 2 GB or more and stays alive to the end, so seven are what runs if none are named
+(`WAYS` has all). A quarter of an hour on two cores.
 """
 
 import argparse
-import json
+import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
+import peers
 import torch
 from harness import Answer, Meter, Variant
+from pair import CLIP, IGNORE, LORA, LR, batches, write_pair
 from torch import Tensor, nn
 
-from kdtune import checkpoint, devices, losses, optim
+from kdtune import checkpoint, config, data, devices, metrics, models
+from kdtune.cli import catalog
+from kdtune.cli.recipe import load_module
 
-IGNORE = losses.IGNORE
-LR, CLIP = 1e-4, 1.0
-
-
-def write_model(folder: Path, width: int, layers: int, vocabulary: int, seed: int) -> None:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": width // 4,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "dtype": "float32",
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    model = checkpoint.load_model(folder, dtype=torch.float32, device="cpu", random_weights=True, seed=seed)
-    checkpoint.save_model(model, folder, config=config)
+PRODUCTS = "products"  # the variant that measures the machine
 
 
-def batches(settings: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens, labels before the shift, and attention mask, [b, s] each; padded on the right, one row full."""
-    generator = torch.Generator().manual_seed(0)
-    rows, length = settings.rows, settings.seq_len
-    while True:
-        tokens = torch.randint(2, settings.vocabulary, (rows, length), generator=generator)
-        ends = torch.randint(length // 2, length + 1, (rows, 1), generator=generator)
-        ends[0] = length
-        mask = torch.arange(length) < ends
-        scored = mask & (torch.arange(length) >= length // 4)
-        yield tokens, torch.where(scored, tokens, IGNORE), mask.long()
-
-
-def kdtune(settings: argparse.Namespace, compile: bool) -> Callable[[], float]:
-    """The loop of `recipes/knowledge_distillation.py`."""
-    dtype, device = devices.DTYPES[settings.dtype], devices.resolve(settings.device)
-    student = checkpoint.load_model(settings.models / "student", dtype=dtype, device=device)
-    teacher = checkpoint.load_model(settings.models / "teacher", dtype=dtype, device=device).requires_grad_(False)
-    optimizer = optim.build_optimizer(student, optim.OptimizerConfig(lr=LR, weight_decay=0.0, beta2=0.999))
-    if compile:
-        harness.load_compiler()
+def kdtune(settings: argparse.Namespace, overrides: str) -> Callable[[], float]:
+    """The recipe's own model and step."""
+    recipe = load_module(catalog.find_recipe("knowledge_distillation"))
+    given = [
+        f"checkpointer.checkpoint_dir={settings.models / 'student'}",
+        f"teacher_checkpointer.checkpoint_dir={settings.models / 'teacher'}",
+        *("dataset.source=unread", "output_dir=unwritten"),
+        *(f"device={settings.device}", f"dtype={settings.dtype}"),
+        *("kd_ratio=1", f"clip_grad_norm={CLIP}"),
+        *(f"optimizer.lr={LR}", "optimizer.weight_decay=0", "optimizer.beta2=0.999"),
+    ]
+    cfg = config.load(recipe.Config, None, [*given, *overrides.split()])
+    device = devices.resolve(cfg.device)
+    student, teacher, optimizer = recipe.build(cfg, device)
     stream = batches(settings)
 
     def step() -> float:
-        tokens, unshifted, _ = (tensor.to(device) for tensor in next(stream))
+        tokens, unshifted, _ = next(stream)
         labels = nn.functional.pad(unshifted[:, 1:], (0, 1), value=IGNORE)  # [b, s]
-        positions = torch.arange(settings.seq_len, device=device).expand_as(tokens)
-        with torch.no_grad():
-            targets = losses.Targets(teacher.hidden(tokens, positions), teacher.head)
-        loss = losses.distillation_loss(
-            student.hidden(tokens, positions),
-            student.head,
-            labels,
-            int((labels != IGNORE).sum()),
-            targets,
-            ce_weight=0.0,
-            kd_weight=1.0,
-            compile=compile,
-        )
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        batch = data.Batch(tokens, labels, torch.arange(settings.seq_len).expand_as(tokens))
+        recipe.forward_backward(cfg, student, teacher, [batch], batch.num_labels, progress=1.0)
+        norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.total.item()
+        return norm.item()
 
     return step
 
 
-def trl_gkd(settings: argparse.Namespace) -> Callable[[], float]:
-    """TRL's `GKDTrainer`, off-policy (lmbda = 0), forward KL (beta = 0)."""
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    trainer = trl_trainer(settings, GKDTrainer, GKDConfig, lmbda=0.0, max_length=None)
-
-    def inputs(tokens: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": tokens, "labels": labels, "attention_mask": mask}
-
-    return trl_step(settings, trainer, inputs)
+def clock(settings: argparse.Namespace) -> str:
+    """What tells how long the device works: on a CPU, processor seconds, which bear other programs."""
+    return "cpu_s" if settings.device == "cpu" else "wall_s"
 
 
-def trl_distillation(settings: argparse.Namespace) -> Callable[[], float]:
-    """TRL's `DistillationTrainer` with beta = 0, on these batches instead of ones that it would generate."""
-    from trl import DistillationConfig, DistillationTrainer
+def multiply(settings: argparse.Namespace) -> Callable[[], Answer]:
+    """Seconds of a floating point operation in products of square matrices: the machine's rate."""
+    n, device = 1024, devices.resolve(settings.device)
+    a, b = torch.randn(2, n, n, device=device).to(devices.DTYPES[settings.dtype])
+    meter = Meter(device)
 
-    trainer = trl_trainer(settings, DistillationTrainer, DistillationConfig)
-    trainer._prepare_inputs = lambda inputs: inputs  # which would generate them
-    prompt = settings.seq_len // 4
+    def product() -> None:
+        for _ in range(3):
+            a @ b
 
-    def inputs(tokens: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {
-            "prompt_ids": tokens[:, :prompt],
-            "prompt_mask": mask[:, :prompt],
-            "completion_ids": tokens[:, prompt:],
-            "completion_mask": mask[:, prompt:],
-            "num_items_in_batch": mask[:, prompt:].sum().float(),
-        }
-
-    return trl_step(settings, trainer, inputs)
+    return lambda: {"s_per_flop": min(meter(product)[clock(settings)] for _ in range(5)) / (3 * 2 * n**3)}
 
 
-def trl_trainer(settings: argparse.Namespace, trainer_class: Any, config_class: Any, **options: Any) -> Any:
-    """A trainer with its optimizer, before the first step."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(settings.models / name, dtype=devices.DTYPES[settings.dtype])
-        for name in ("student", "teacher")
-    )
-    config = config_class(
-        output_dir=str(settings.models / "unused"),
-        beta=0.0,
-        temperature=1.0,
-        learning_rate=LR,
-        max_grad_norm=CLIP,
-        per_device_train_batch_size=settings.rows,
-        use_cpu=settings.device == "cpu",
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        **options,
-    )
-    trainer = trainer_class(
-        model=student,
-        teacher_model=teacher,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": ["a"] * settings.rows}),
-        processing_class=any_tokenizer(),
-    )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
-
-
-def trl_step(
-    settings: argparse.Namespace, trainer: Any, inputs: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-) -> Callable[[], float]:
-    """What `Trainer.train` does for a step, without its logging."""
+def least_flop(settings: argparse.Namespace, lora: bool) -> float:
+    """Floating point operations of the products that no way to take such a step can leave out."""
     stream = batches(settings)
+    taken = [next(stream) for _ in range(settings.rounds + 2)]
+    lengths = torch.cat([mask.sum(-1) for _, _, mask in taken]).double()  # of each row
+    num_tokens, num_labels = lengths.sum(), sum((labels != IGNORE).sum() for _, labels, _ in taken)
+    # In products of the size of a forward. Of frozen weights there is no gradient.
+    flop = torch.zeros((), dtype=torch.float64)
+    for name, passes in (("teacher", 1), ("student", 2 if lora else 3)):
+        shape = models.from_hf_config(checkpoint.read_config(settings.models / name))
+        weights = sum(torch.Size(size).numel() for size in models.quantized_shapes(shape).values())
+        # Scores and values, of which causality asks for half.
+        attended = (
+            shape.num_layers * shape.num_heads * shape.head_dim * lengths.square().sum() * (3 if passes > 1 else 1)
+        )
+        head = shape.vocab_size * shape.hidden_size
+        flop += 2 * passes * (num_tokens * weights + num_labels * head) + 2 * attended
+    return float(flop) / len(taken)
 
-    def step() -> float:
-        tokens, labels, mask = (tensor.to(trainer.args.device) for tensor in next(stream))
-        count = (labels[:, 1:] != IGNORE).sum()
-        loss = trainer.training_step(trainer.model, inputs(tokens, labels, mask), count)
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.model.zero_grad(set_to_none=True)
-        return loss.item()
 
-    return step
-
-
-def any_tokenizer() -> Any:
-    """The trainers want one; nothing is tokenized."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="</s>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+def peak_tensor_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """The most that tensors take in a step: those there are before it, and what it adds by the allocator's record."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        step()
+        return round(metrics.peak_memory_gib(device) * 2**30)
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cpu]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return sum(storages.values()) + peak
 
 
 def variant(title: str, make_step: Callable[[argparse.Namespace], Callable[[], float]]) -> Variant:
     def make(settings: argparse.Namespace) -> Callable[[], Answer]:
-        step = make_step(settings)
-        return partial(Meter(devices.resolve(settings.device)), step)
+        device = devices.resolve(settings.device)
+        step, meter = make_step(settings), Meter(device)
+        tensors_mib = 0.0
+
+        def measure() -> Answer:
+            nonlocal tensors_mib
+            if not tensors_mib:  # in the first call, which is not counted: it makes moments, and code where it compiles
+                step()
+                tensors_mib = peak_tensor_bytes(step, device) / 2**20
+                return {}
+            return {**meter(step), "tensors_mib": tensors_mib}
+
+        return measure
 
     return Variant(title, make)
 
 
-VARIANTS = {
-    "kdtune": variant("kdtune", partial(kdtune, compile=False)),
-    "kdtune-compiled": variant("kdtune, compile=True", partial(kdtune, compile=True)),
-    "trl-gkd": variant("TRL GKDTrainer", trl_gkd),
-    "trl-distillation": variant("TRL DistillationTrainer", trl_distillation),
+@dataclass(frozen=True)
+class Way:
+    """Of taking a step."""
+
+    variant: Variant
+    lora: bool = False
+
+
+def ours(name: str = "", overrides: str = "", lora: bool = False) -> Way:
+    title = ", ".join(["kdtune", *["LoRA"] * lora, *[name] * bool(name)])
+    adapter = f" lora.rank={LORA.rank} lora.alpha={LORA.alpha} lora.target_modules=[{','.join(LORA.target_modules)}]"
+    return Way(variant(title, partial(kdtune, overrides=overrides + adapter * lora)), lora)
+
+
+def theirs(name: str = "", lora: bool = False, **options: bool) -> Way:
+    title = ", ".join(["torchtune", *["LoRA"] * lora, *[name] * bool(name)])
+    return Way(variant(title, partial(peers.torchtune, lora=lora, **options)), lora)
+
+
+CHECKPOINTING = "enable_activation_checkpointing=true"
+SELECTIVE = f"{CHECKPOINTING} activation_checkpointing_mode=selective"
+WAYS = {
+    "kdtune": ours(),
+    "kdtune-compiled": ours("compiled", "compile=true"),
+    "kdtune-selective": ours("selective checkpointing", SELECTIVE),
+    "kdtune-full": ours("full checkpointing", CHECKPOINTING),
+    "kdtune-8bit": ours("8-bit AdamW", "optimizer.name=adamw_8bit"),
+    "kdtune-small": ours(
+        "full checkpointing, 8-bit AdamW, chunks of 64", f"{CHECKPOINTING} optimizer.name=adamw_8bit loss_chunk_size=64"
+    ),
+    "kdtune-lora": ours(lora=True),
+    "kdtune-lora-compiled": ours("compiled", "compile=true", lora=True),
+    "torchtune": theirs(),
+    "torchtune-full": theirs("full checkpointing", checkpointing=True),
+    "torchtune-compiled": theirs("compiled", compile=True),
+    "torchtune-lora": theirs(lora=True),
+    "torchtune-lora-compiled": theirs("compiled", lora=True, compile=True),
+    "trl-gkd": Way(variant("TRL GKDTrainer", peers.trl_gkd)),
+    "trl-distillation": Way(variant("TRL DistillationTrainer", peers.trl_distillation)),
 }
+USUAL = ["torchtune", "torchtune-lora", "kdtune", "kdtune-compiled", "kdtune-full", "kdtune-small", "kdtune-lora"]
+VARIANTS = {name: way.variant for name, way in WAYS.items()} | {PRODUCTS: Variant("a product", multiply)}
 
 
 def main() -> None:
@@ -222,33 +194,43 @@ def main() -> None:
     parser.add_argument("--teacher-hidden", type=int, default=512, help="width of the teacher")
     parser.add_argument("--layers", type=int, default=4, help="of either model")
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(variants=USUAL)
     settings = harness.parse(parser, VARIANTS)
+    settings.variants = [*settings.variants, PRODUCTS]
 
     positions = settings.rows * settings.seq_len
     print(harness.describe_machine(settings))
     print(
         f"{settings.rows} rows of {settings.seq_len} tokens, vocabulary {settings.vocabulary:,}, width "
-        f"{settings.hidden:,} / {settings.teacher_hidden:,}, {settings.layers} layers, {settings.rounds} rounds\n"
+        f"{settings.hidden:,} / {settings.teacher_hidden:,}, {settings.layers} layers, {settings.rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"student": settings.hidden, "teacher": settings.teacher_hidden}
-        for seed, (name, width) in enumerate(sizes.items()):
-            write_model(Path(folder, name), width, settings.layers, settings.vocabulary, seed)
+        settings.models = Path(folder)
+        write_pair(settings, settings.models)
         answers = harness.run(settings, VARIANTS, ["--models", folder])
+        least = {lora: least_flop(settings, lora) for lora in (False, True)}
+    products = answers.pop(PRODUCTS)
+    rate = 1e-9 / harness.median(products, "s_per_flop")
+    print(f"Products at {rate:,.0f} GFLOP/s; a step has at least {least[False] / 1e9:,.0f} GFLOP, ", end="")
+    print(f"with LoRA {least[True] / 1e9:,.0f}\n")
     first = next(iter(answers.values()))
-    rows = [
-        [
-            VARIANTS[name].title,
-            f"{positions / harness.median(found, 'wall_s'):,.0f}",
-            f"{harness.median(found, 'cpu_s'):.3g}",
-            f"{harness.ratio(found, first, 'wall_s'):.2f}",
-            f"{harness.median(found, 'memory_mib'):,.0f}",
-            f"{found[-1]['loss']:.6f}",
-        ]
-        for name, found in answers.items()
-    ]
-    last = f"loss of step {settings.rounds + 1}"
-    harness.print_table(["", "tokens/s", "CPU-s a step", "s, to the first's", "memory, MiB", last], rows)
+    rows = []
+    for name, found in answers.items():
+        floors = [{clock(settings): one["s_per_flop"] * least[WAYS[name].lora]} for one in products]
+        rows.append(
+            [
+                VARIANTS[name].title,
+                f"{positions / harness.median(found, 'wall_s'):,.0f}",
+                f"{harness.median(found, 'cpu_s'):.3g}",
+                f"{harness.ratio(first, found, 'wall_s'):.2f}",
+                f"{harness.ratio(floors, found, clock(settings)):.0%}",
+                f"{harness.median(found, 'tensors_mib'):,.0f}",
+                f"{harness.ratio(found, first, 'tensors_mib'):.2f}",
+                f"{found[-1]['result']:.5f}",
+            ]
+        )
+    header = ["", "tokens/s", "CPU-s a step", "tokens/s, to the first's", "floor", "tensors, MiB", "to the first's"]
+    harness.print_table([*header, "norm of the gradient"], rows)
 
 
 if __name__ == "__main__":
