@@ -175,7 +175,7 @@ def load_model(
     random_weights: bool = False,
     seed: int = 0,
 ) -> Decoder:
-    """Build the model of a folder and fill it, never holding more than it, a small buffer and what rounding a weight takes.
+    """Build the model of a folder and fill it; beside it are held a small buffer and what rounding a weight takes.
 
     Args:
         folder: a Hugging Face checkpoint; `config.json` is enough for `random_weights`.

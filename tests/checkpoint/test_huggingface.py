@@ -391,7 +391,8 @@ def peaks(folder: Path, config: dict[str, Any], *kinds: str) -> list[float]:
     save_model(model, folder, config=config)
     del model
     command = [sys.executable, "-c", MEASURE, str(folder), *kinds]
-    return [float(ratio) for ratio in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [float(ratio) for ratio in done.stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
