@@ -17,6 +17,7 @@ from kdtune.losses.divergences import (
     total_variation,
 )
 from kdtune.losses.targets import Targets, TopKTargets
+from kdtune.losses.vocabulary import Vocabulary
 
 __all__ = [
     "IGNORE",
@@ -27,6 +28,7 @@ __all__ = [
     "Loss",
     "Targets",
     "TopKTargets",
+    "Vocabulary",
     "adaptive_kl",
     "block_rows",
     "build_divergence",

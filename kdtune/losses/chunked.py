@@ -22,6 +22,7 @@ from kdtune.losses import rows
 from kdtune.losses.divergences import Divergence, forward_kl
 from kdtune.losses.projection import Gradients, Projection
 from kdtune.losses.targets import Targets, TopKTargets
+from kdtune.losses.vocabulary import Vocabulary, is_sum_over_entries
 
 IGNORE = -100  # label of a position that is not scored: prompt, padding, the end of a document
 
@@ -72,6 +73,7 @@ def distillation_loss(
     chunk_size: int | None = None,
     compile: bool = False,
     with_metrics: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> Loss:
     """Cross-entropy on the labels and a divergence to the teacher, without ever holding all logits.
 
@@ -82,6 +84,10 @@ def distillation_loss(
 
     Vocabularies may differ by padding at their end: the divergence is then taken over the entries that both have, each
     distribution normalised over those. The cross-entropy is over the student's whole vocabulary, as in fine-tuning.
+
+    With `vocabulary`, each rank of a group has its slice of both heads, and the same hidden states and labels. The loss
+    is then that of the whole heads on each rank, with the gradients of this rank's slice and of the hidden states
+    through all slices: whatever made these from what all ranks have must not add the ranks' gradients up once more.
 
     Args:
         hidden: [b, s, d], the student's final hidden states, after the last norm.
@@ -110,6 +116,7 @@ def distillation_loss(
         chunk_size: labelled tokens whose logits exist at one time; None: `default_chunk_size`.
         compile: fuse the element-wise part with torch.compile; on the CPU that needs a C++ compiler.
         with_metrics: also compute the entropies, `teacher_ce` and `agreement` from the same logits.
+        vocabulary: how the ranks of a tensor-parallel group split it; None: the heads are whole.
 
     Returns:
         A `Loss`. Without any labelled token here all values are 0 and `total` still has a graph.
@@ -119,6 +126,11 @@ def distillation_loss(
     """
     student = Projection(hidden, head)
     teacher = Projection(targets.hidden, targets.head) if isinstance(targets, Targets) else targets
+    vocab_size, teacher_vocab_size = student.vocab_size, None if teacher is None else teacher.vocab_size
+    if vocabulary is not None:
+        vocab_size = vocabulary.size
+        if isinstance(teacher, Projection):
+            teacher_vocab_size = vocabulary.teacher_size
     settings = rows.Settings(
         divergence=divergence,
         temperature=temperature,
@@ -130,10 +142,14 @@ def distillation_loss(
         student_activation=student.activation,
         teacher_activation=teacher.activation if isinstance(teacher, Projection) else rows.Activation(),
         convention=teacher.convention if isinstance(teacher, TopKTargets) else None,
-        teacher_vocab_size=teacher.vocab_size if isinstance(teacher, TopKTargets) else None,
+        vocab_size=vocab_size,
+        shared_size=min(vocab_size, teacher_vocab_size or vocab_size),
+        vocabulary=vocabulary,
         with_metrics=with_metrics,
     )
     _check(hidden, labels, num_tokens, targets, teacher_share, kd_weight, balance, chunk_size, settings)
+    if vocabulary is not None:
+        _check_split(vocabulary, student, teacher, divergence)
     sweep = _Sweep(student, teacher, labels, scored, num_tokens, teacher_share, settings, chunk_size, compile)
     # Not torch.tensor, whose copy from the host waits for the device.
     weights = torch.stack([hidden.new_full((), weight, dtype=sweep.dtype) for weight in (ce_weight, kd_weight)])
@@ -207,6 +223,30 @@ def _check(
             )
 
 
+def _check_split(
+    vocabulary: Vocabulary, student: Projection, teacher: Projection | TopKTargets | None, divergence: Divergence
+) -> None:
+    heads = [("student", student, vocabulary.size)]
+    if isinstance(teacher, Projection):
+        heads.append(("teacher", teacher, vocabulary.teacher_size))
+        x = student.inputs[0]
+        if not is_sum_over_entries(divergence, x.dtype if x.dtype == torch.float64 else torch.float32, x.device):
+            name = getattr(getattr(divergence, "func", divergence), "__name__", "this divergence")
+            raise ValueError(
+                f"{name} is not a sum over the entries of the vocabulary, and ranks that split it can only add up what "
+                "each computes of its own. Take another divergence (adaptive_kl sorts whole rows; for one of your own, "
+                "write 1 - sum f as sum (p - f)), or do not split the vocabulary."
+            )
+    for name, head, size in heads:
+        held = vocabulary.held(size)
+        if head.vocab_size != held.stop - held.start:
+            raise ValueError(
+                f"the {name}'s head has {head.vocab_size} entries on rank {vocabulary.rank} of {vocabulary.ranks}, and "
+                f"should have {held.start} to {held.stop} of {size}: p and q of an entry have to meet on one rank. Cut "
+                "both heads as Vocabulary.held says."
+            )
+
+
 class _Sweep:
     """One pass over the labelled positions of a call."""
 
@@ -232,9 +272,14 @@ class _Sweep:
         self.teacher = teacher if isinstance(teacher, Projection) else None
         self.top_k = teacher.flat(self.dtype) if isinstance(teacher, TopKTargets) else ()
         self.teacher_vocab_size = 0 if self.teacher is None else self.teacher.vocab_size
-        self.chunk_size = chunk_size or default_chunk_size(student.vocab_size, self.teacher_vocab_size, labels.device)
+        self.vocabulary = settings.vocabulary
+        sizes = student.vocab_size, self.teacher_vocab_size
+        if self.vocabulary is not None:  # chunks have to be the same on each rank, whatever it holds
+            block = self.vocabulary.block
+            sizes = min(block, self.vocabulary.size), 0 if self.teacher is None else block
+        self.chunk_size = chunk_size or default_chunk_size(*sizes, labels.device)
         self.compile = compile
-        self.block_rows = block_rows(student.vocab_size, labels.device)
+        self.block_rows = block_rows(sizes[0], labels.device)
         if compile:  # for one shape only, so it should be one that even a short chunk has
             self.block_rows = min(self.block_rows, 64)
 
@@ -258,13 +303,41 @@ class _Sweep:
             if self.teacher is not None:
                 teacher_chunk = (self.teacher.logits(positions, teacher_buffer),)  # [n, v_t]
             chunk = (logits, self.labels[positions], *teacher_chunk)
-            for block, labels, *teacher in zip(*(x.split(self.block_rows) for x in chunk), strict=True):
-                # The few rows that are left over cost little as they are.
-                score = _compiled_score() if self.compile and len(block) == self.block_rows else rows.score
-                sums += score(block, tuple(teacher), labels, weights, self.teacher_share, settings)
+            blocks = list(zip(*(x.split(self.block_rows) for x in chunk), strict=True))
+            pulls = []
+            for (block, labels, *teacher), found in zip(blocks, self._exchange(blocks, settings), strict=True):
+                score = self._fused(rows.score, block)
+                share, pull = score(block, tuple(teacher), labels, weights, self.teacher_share, settings, found)
+                sums += share
+                if pull is not None:
+                    pulls.append(pull)
+            if pulls:
+                self._settle(logits, teacher_chunk[0], torch.cat(pulls))
             if gradients is not None:
                 gradients.add(positions, logits, buffer=teacher_buffer)
-        return sums
+        return sums if self.vocabulary is None else self.vocabulary.sum(sums)
+
+    def _exchange(self, blocks: list[tuple[Tensor, ...]], settings: rows.Settings) -> list[dict[str, Tensor]]:
+        """What ranks have to know of each other's entries, for each block; at once for all of a chunk."""
+        if self.vocabulary is None:
+            return [{}] * len(blocks)
+        measured = []
+        for block, labels, *teacher in blocks:
+            measure = self._fused(rows.measure, block)
+            measured.append(measure(block, tuple(teacher), labels, self.teacher_share, settings))
+        found = self.vocabulary.gather({name: torch.cat([x[name] for x in measured]) for name in measured[0]})
+        parts = zip(*(x.split(self.block_rows, dim=1) for x in found.values()), strict=True)  # [ranks, r, w] each
+        return [dict(zip(found, (x.contiguous() for x in part), strict=True)) for part in parts]
+
+    def _settle(self, logits: Tensor, teacher_logits: Tensor, pull: Tensor) -> None:
+        """Complete the gradient in `logits` by the pull of all ranks; see `rows.score`."""
+        assert self.vocabulary is not None
+        shared = min(logits.shape[-1], teacher_logits.shape[-1])
+        logits[:, :shared].addcmul_(teacher_logits[:, :shared], self.vocabulary.sum(pull), value=-1)
+
+    def _fused(self, function: Callable[..., Any], block: Tensor) -> Callable[..., Any]:
+        # The few rows that are left over cost little as they are.
+        return _compiled(function) if self.compile and len(block) == self.block_rows else function
 
 
 def scored_positions(labels: Tensor) -> Tensor:
@@ -286,7 +359,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Whether gradients are enabled cannot be seen from in here.
         needed = [with_grad and needed for needed in ctx.needs_input_grad[3:]]
-        gradients = Gradients(sweep.student, needed, sweep.dtype) if any(needed) else None
+        gradients = Gradients(sweep.student, needed, sweep.dtype, sweep.vocabulary) if any(needed) else None
         ce_objective, *values = sweep(weights, gradients).values()
         ctx.save_for_backward(*(gradients.finish() if gradients else [None] * len(tensors)))
         ctx.mark_non_differentiable(*values)
@@ -306,5 +379,5 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled_score() -> Callable[..., Tensor]:
-    return torch.compile(rows.score, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)

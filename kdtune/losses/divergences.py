@@ -157,6 +157,7 @@ def by_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
     Its slopes come from autograd, one block of rows at a time.
     """
 
+    @functools.wraps(function)
     def values_and_slopes(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         values, pull, *_ = torch.func.vjp(lambda log_q: function(log_p, log_q), log_q)
         (slopes,) = pull(torch.ones_like(values))

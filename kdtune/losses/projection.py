@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdtune.losses.rows import Activation
+from kdtune.losses.vocabulary import Vocabulary
 
 # Of weights in float32 at a time, where a device does not multiply bf16 into float32; small enough to be reused.
 _BLOCK_BYTES = 16 * 2**20
@@ -71,11 +73,21 @@ class Gradients:
         projection: of the student.
         needed: for each of its inputs, then of its weights, then for the bias.
         sum_dtype: of what is added up over chunks.
+        vocabulary: how ranks split it, if they do: gradients of inputs are then added up over them.
     """
 
-    def __init__(self, projection: Projection, needed: Sequence[bool], sum_dtype: torch.dtype):
+    def __init__(
+        self,
+        projection: Projection,
+        needed: Sequence[bool],
+        sum_dtype: torch.dtype,
+        vocabulary: Vocabulary | None = None,
+    ):
         inputs, weights, bias = projection.inputs, projection.weights, projection.bias
         self.projection = projection
+        self.vocabulary = vocabulary
+        # Of the last chunk: what is on its way, where it goes, and the share that becomes the sum.
+        self._unfinished: list[tuple[dist.Work, Tensor, Tensor, Tensor]] = []
         self.inputs = [
             torch.zeros_like(x, dtype=self._stored(x.dtype, sum_dtype)) if need else None
             for x, need in zip(inputs, needed, strict=False)
@@ -91,6 +103,7 @@ class Gradients:
 
         `buffer`, [>= n, any], is overwritten; where it is wide enough, it saves memory.
         """
+        self._wait()
         projection = self.projection
         rounded = logits_grad
         if any(weight.dtype == torch.bfloat16 for weight in projection.weights):
@@ -101,9 +114,11 @@ class Gradients:
             projection.inputs, projection.weights, self.inputs, self.weights, strict=True
         ):
             if x_grad is not None:
-                x_grad[rows] = _times(rounded if weight.dtype == rounded.dtype else logits_grad, weight).to(
-                    x_grad.dtype
-                )
+                share = _times(rounded if weight.dtype == rounded.dtype else logits_grad, weight)
+                if self.vocabulary is None:
+                    x_grad[rows] = share.to(x_grad.dtype)
+                else:  # while the next products are made; before it is rounded
+                    self._unfinished.append((self.vocabulary.start_sum(share), x_grad, rows, share))
             if weight_grad is not None:
                 _add_outer(weight_grad, logits_grad, rounded, x[rows])
         if self.bias is not None:
@@ -111,11 +126,18 @@ class Gradients:
 
     def finish(self) -> list[Tensor | None]:
         """All of them, in the order of the projection's `tensors`."""
+        self._wait()
         grads = [*self.inputs, *self.weights, self.bias]
         return [
             None if grad is None or x is None else grad.to(self._stored(x.dtype, grad.dtype))
             for grad, x in zip(grads, self.projection.tensors, strict=True)
         ]
+
+    def _wait(self) -> None:
+        for work, x_grad, rows, total in self._unfinished:
+            work.wait()
+            x_grad[rows] = total.to(x_grad.dtype)
+        self._unfinished.clear()
 
     @staticmethod
     def _stored(dtype: torch.dtype, sum_dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,8 @@
 """The element-wise part of the objective: rows of logits in, sums of their losses out, and the gradient in their place.
 
-Nothing here knows of models, chunks or devices. What crosses the vocabulary are maxima and sums per row.
+Nothing here knows of models, chunks or devices. What crosses the vocabulary are maxima and sums per row. Where a rank
+has only some of the entries, `measure` finds its share of them, to be exchanged, and `score` then returns its share of
+the sums; of the gradient one product is left, with a sum over the vocabulary that has to be exchanged as well.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from kdtune.losses.divergences import Divergence
 from kdtune.losses.targets import Convention
+from kdtune.losses.vocabulary import Part, Vocabulary, Whole, extent
 
 _LOG_ZERO = -1e38  # instead of -inf, so that 0 * log 0 is 0
 _INFINITE = 1e12  # a divergence beyond it has met log 0 where the other distribution is not 0
@@ -37,6 +40,10 @@ class Activation:
             return x.mul_(self.scale), self.scale
         return x, None
 
+    def of(self, x: Tensor) -> Tensor:
+        """Logits; `x` stays as it is."""
+        return x if self.cap is None and self.scale == 1 else self.apply(x.clone())[0]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,7 +59,9 @@ class Settings:
     student_activation: Activation
     teacher_activation: Activation
     convention: Convention | None  # of a teacher's top k; None: logits, or no teacher
-    teacher_vocab_size: int | None  # of a teacher's top k; None: the student's
+    vocab_size: int  # of the student, over all ranks
+    shared_size: int  # of both, over all ranks
+    vocabulary: Vocabulary | None  # how ranks split it; None: all of it is here
     with_metrics: bool
     with_grad: bool = False
 
@@ -67,6 +76,11 @@ class Settings:
             if not is_right:
                 raise ValueError(f"{name}={getattr(self, name)}: {why}.")
 
+    @property
+    def has_own_softmax(self) -> bool:
+        """Whether the divergence softens the student's logits or leaves some out; else q is as in the cross-entropy."""
+        return self.shared_size < self.vocab_size or (self.temperature != 1 and self.convention is None)
+
 
 @dataclass
 class _Term:
@@ -77,12 +91,55 @@ class _Term:
         pull: [r, 1], to be subtracted from the weight of q = softmax(z).
         dense: [r, <= v], to be added to the gradient of the first entries, if any.
         sparse: (ids, [r, k]), to be added to the gradient of these entries, if any.
+        unsettled_pull: [r, 1], this rank's share of a pull, if other ranks have the others.
+        unsettled_q: [r, <= v], what the pull is of then; None: of q.
     """
 
     value: Tensor
     pull: Tensor | float = 0.0
     dense: Tensor | None = None
     sparse: tuple[Tensor, Tensor] | None = None
+    unsettled_pull: Tensor | None = None
+    unsettled_q: Tensor | None = None
+
+
+def measure(
+    logits: Tensor, teacher: tuple[Tensor, ...], labels: Tensor, teacher_share: Tensor, settings: Settings
+) -> dict[str, Tensor]:
+    """What other ranks have to know of the entries that are here, by the names under which `score` looks for it.
+
+    Arguments are those of `score`, and stay as they are.
+
+    Returns:
+        The `extent` of each distribution, [r, 2], and logits of tokens, [r, 1] or [r, k], -inf for those elsewhere.
+    """
+    assert settings.vocabulary is not None
+    part = Part(settings.vocabulary, {})
+    logits = settings.student_activation.of(logits)  # [r, v]
+    found = {"student": extent(logits)}
+    if not teacher:
+        return found
+    if settings.convention is None:
+        teacher_logits = settings.teacher_activation.of(*teacher)
+        shared = min(logits.shape[-1], teacher_logits.shape[-1])
+        logits, teacher_logits = logits[:, :shared], teacher_logits[:, :shared]
+        if settings.with_metrics:
+            found["shared_student"], found["shared_teacher"] = extent(logits), extent(teacher_logits)
+        if settings.mixes_student:
+            teacher_logits = _mixed(logits, teacher_logits, teacher_share)
+        if settings.temperature != 1:
+            logits, teacher_logits = logits / settings.temperature, teacher_logits / settings.temperature
+        found["p"] = extent(teacher_logits)
+        if settings.label_margin:
+            found["label"] = part.gather(teacher_logits, labels.clamp(max=settings.shared_size - 1), absent=-torch.inf)
+    else:
+        logits = logits[:, : part.held(settings.shared_size)]
+        found["top_k"] = part.gather(logits, teacher[0], absent=-torch.inf)
+        if settings.convention == "bucket":
+            found["others"] = extent(part.without(logits, teacher[0]))
+    if settings.has_own_softmax:
+        found["q"] = extent(logits)
+    return found
 
 
 def score(
@@ -92,7 +149,8 @@ def score(
     weights: Tensor,
     teacher_share: Tensor,
     settings: Settings,
-) -> Tensor:
+    found: dict[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
     """Sum the losses of the rows, and write the gradient of their weighted sum over the logits.
 
     Args:
@@ -102,21 +160,26 @@ def score(
         weights: [2], of the cross-entropy and of the divergence.
         teacher_share: [], of the teacher in the target, if `settings.mixes_student`.
         settings: the same for all rows.
+        found: by `measure` on every rank, [ranks, r, any]; nothing if all of the vocabulary is here.
 
     Returns:
-        [7], in the order of `SUMS`, unweighted.
+        [7], in the order of `SUMS`, unweighted; of a part of the vocabulary, its share of them. And None, or what is
+        left to do for the gradient: [r, 1], to be added up over ranks, multiplied with what is then in the teacher's
+        logits, and subtracted.
     """
+    entries = Whole() if settings.vocabulary is None else Part(settings.vocabulary, found)
     ce_weight, kd_weight = weights
     logits, activation_slope = settings.student_activation.apply(logits)
-    log_q = logits.log_softmax(-1)  # [r, v]
-    label_log_q = log_q.gather(-1, labels)  # [r, 1]
+    log_q = entries.log_softmax(logits, "student")  # [r, v]
+    label_log_q = entries.gather(log_q, labels)  # [r, 1]
     ce = ce_objective = -label_log_q.sum()
     q_weight = ce_weight
     if settings.label_smoothing:
-        ce_objective = (1 - settings.label_smoothing) * ce - settings.label_smoothing * log_q.mean(-1).sum()
+        mean_log_q = log_q.sum(-1) / settings.vocab_size  # [r]
+        ce_objective = (1 - settings.label_smoothing) * ce - settings.label_smoothing * mean_log_q.sum()
     if settings.z_loss:
-        log_z = logits.logsumexp(-1, keepdim=True)  # [r, 1]
-        ce_objective = ce_objective + settings.z_loss * log_z.square().sum()
+        log_z = entries.logsumexp(logits, "student")  # [r, 1]
+        ce_objective = ce_objective + settings.z_loss * entries.once(log_z.square().sum())
         q_weight = ce_weight * (1 + 2 * settings.z_loss * log_z)
 
     metrics = [torch.zeros_like(ce)] * 4
@@ -125,71 +188,95 @@ def score(
     elif settings.convention is None:
         teacher_logits, _ = settings.teacher_activation.apply(*teacher)
         if settings.with_metrics:
-            metrics = _metrics(logits, log_q, teacher_logits, labels)
+            metrics = _metrics(logits, log_q, teacher_logits, labels, settings, entries)
         if settings.mixes_student:
-            shared = min(logits.shape[-1], teacher_logits.shape[-1])
-            teacher_logits = teacher_share * teacher_logits[:, :shared] + (1 - teacher_share) * logits[:, :shared]
-        kd = _dense_divergence(logits, log_q, teacher_logits, labels, kd_weight, settings)
+            teacher_logits = _mixed(logits, teacher_logits, teacher_share)
+        kd = _dense_divergence(logits, log_q, teacher_logits, labels, kd_weight, settings, entries)
     else:
-        kd = _sparse_divergence(logits, log_q, teacher, kd_weight, settings)
+        kd = _sparse_divergence(logits, log_q, teacher, kd_weight, settings, entries)
 
     if settings.with_grad:
         # d CE / d logits = q - onehot(label)
-        grad = torch.mul(log_q.exp_(), q_weight - kd.pull, out=logits)
+        q = log_q.exp_()
+        grad = torch.mul(q, q_weight - kd.pull, out=logits)
         if kd.dense is not None:
             grad[:, : kd.dense.shape[-1]] += kd.dense
         if kd.sparse is not None:
-            grad.scatter_add_(-1, *kd.sparse)
-        grad.scatter_add_(-1, labels, (-(1 - settings.label_smoothing) * ce_weight).expand(labels.shape))
+            entries.scatter_add_(grad, *kd.sparse)
+        entries.scatter_add_(grad, labels, (-(1 - settings.label_smoothing) * ce_weight).expand(labels.shape))
         if settings.label_smoothing:
-            grad -= ce_weight * (settings.label_smoothing / grad.shape[-1])
+            grad -= ce_weight * (settings.label_smoothing / settings.vocab_size)
         if activation_slope is not None:
             grad *= activation_slope
-    return torch.stack([ce_objective, ce, kd.value, *metrics])
+        if kd.unsettled_pull is not None:
+            q = q if kd.unsettled_q is None else kd.unsettled_q
+            left = teacher[0][:, : q.shape[-1]].copy_(q)
+            if activation_slope is not None:
+                left *= activation_slope[:, : q.shape[-1]] if isinstance(activation_slope, Tensor) else activation_slope
+    return torch.stack([ce_objective, ce, kd.value, *metrics]), kd.unsettled_pull
+
+
+def _mixed(logits: Tensor, teacher_logits: Tensor, teacher_share: Tensor) -> Tensor:
+    """Of student and teacher, over the entries that both have."""
+    shared = min(logits.shape[-1], teacher_logits.shape[-1])
+    return teacher_share * teacher_logits[:, :shared] + (1 - teacher_share) * logits[:, :shared]
 
 
 def _dense_divergence(
-    logits: Tensor, log_q: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: Tensor, settings: Settings
+    logits: Tensor,
+    log_q: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    kd_weight: Tensor,
+    settings: Settings,
+    entries: Whole | Part,
 ) -> _Term:
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
     student_logits, teacher_logits = logits[:, :shared], teacher_logits[:, :shared]
-    # At temperature 1 and over the same entries the student's distribution is that of the cross-entropy.
-    same = settings.temperature == 1 and shared == log_q.shape[-1]
-    log_q = log_q if same else (student_logits / settings.temperature).log_softmax(-1)
+    if settings.has_own_softmax:
+        log_q = entries.log_softmax(student_logits / settings.temperature, "q")
     log_q = log_q.clamp_(min=_LOG_ZERO)
     log_p = teacher_logits if settings.temperature == 1 else teacher_logits / settings.temperature
-    log_p = log_p.log_softmax(-1).clamp_(min=_LOG_ZERO)  # [r, shared]
+    log_p = entries.log_softmax(log_p, "p").clamp_(min=_LOG_ZERO)  # [r, shared]
     if settings.label_margin:
-        _correct(log_p, labels, settings.label_margin)
+        _correct(log_p, labels, settings, entries)
 
     value, slopes, pull = _weighted(*settings.divergence(log_p, log_q), kd_weight, settings)
     if not settings.with_grad:
         return _Term(value)
-    if same:
+    q = log_q.exp_() if settings.has_own_softmax else None
+    if isinstance(entries, Part):
+        return _Term(value, dense=slopes, unsettled_pull=pull, unsettled_q=q)
+    if q is None:
         return _Term(value, pull, dense=slopes)
-    return _Term(value, dense=slopes.addcmul_(log_q.exp_(), pull, value=-1))
+    return _Term(value, dense=slopes.addcmul_(q, pull, value=-1))
 
 
 def _sparse_divergence(
-    logits: Tensor, log_q: Tensor, top_k: tuple[Tensor, ...], kd_weight: Tensor, settings: Settings
+    logits: Tensor,
+    log_q: Tensor,
+    top_k: tuple[Tensor, ...],
+    kd_weight: Tensor,
+    settings: Settings,
+    entries: Whole | Part,
 ) -> _Term:
     """Of the teacher's top k. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further."""
     ids, log_p, log_rest = top_k
-    shared = settings.teacher_vocab_size or log_q.shape[-1]
-    same = shared == log_q.shape[-1]
-    log_q = log_q if same else logits[:, :shared].log_softmax(-1)
+    same = not settings.has_own_softmax
+    log_q = log_q if same else entries.log_softmax(logits[:, : entries.held(settings.shared_size)], "q")
+    name = "student" if same else "q"
+    top_log_q = entries.look_up(log_q, ids, "top_k", name)  # [r, k]
     if settings.convention == "renormalised":
         log_p = (log_p / settings.temperature).log_softmax(-1)
-        top_log_q = (log_q.gather(-1, ids) / settings.temperature).log_softmax(-1).clamp_(min=_LOG_ZERO)  # [r, k]
-    else:
-        top_log_q = log_q.gather(-1, ids).clamp_(min=_LOG_ZERO)  # [r, k]
+        top_log_q = (top_log_q / settings.temperature).log_softmax(-1)
+    top_log_q = top_log_q.clamp_(min=_LOG_ZERO)
     if settings.convention == "student_full":
         log_p = log_p.log_softmax(-1)
     if settings.convention == "bucket":
         # Not 1 - sum q: of a small rest nothing would be left but rounding. And of an empty one 1 - sum p is no more.
-        others_log_q = log_q.scatter(-1, ids, -torch.inf)  # [r, v]
-        log_q_rest = others_log_q.logsumexp(-1, keepdim=True).clamp_(min=_LOG_ZERO)  # [r, 1]
-        if ids.shape[-1] == log_q.shape[-1]:
+        others_log_q = entries.without(log_q, ids)  # [r, v]
+        log_q_rest = entries.logsumexp(others_log_q, "others", name).clamp_(min=_LOG_ZERO)  # [r, 1]
+        if ids.shape[-1] == settings.shared_size:
             log_rest = torch.full_like(log_rest, _LOG_ZERO)
         log_p = torch.cat([log_p, log_rest], -1)
         top_log_q = torch.cat([top_log_q, log_q_rest], -1)
@@ -201,7 +288,9 @@ def _sparse_divergence(
         values, slopes = (p * (log_p - top_log_q)).sum(-1), -p
     else:
         values, slopes = settings.divergence(log_p, top_log_q)
+    # Every rank has these outcomes, so that their sums are not shares.
     value, slopes, pull = _weighted(values, slopes, kd_weight, settings)
+    value = entries.once(value)
     if not settings.with_grad:
         return _Term(value)
     if settings.convention == "renormalised":
@@ -226,28 +315,31 @@ def _weighted(values: Tensor, slopes: Tensor, kd_weight: Tensor, settings: Setti
     return value, slopes, slopes.sum(-1, keepdim=True)
 
 
-def _correct(log_p: Tensor, labels: Tensor, margin: float) -> None:
-    """Move the teacher towards the label, in place, by as little as makes it win by `margin`.
+def _correct(log_p: Tensor, labels: Tensor, settings: Settings, entries: Whole | Part) -> None:
+    """Move the teacher towards the label, in place, by as little as makes it win by the margin.
 
     Not where it does not know the label.
     """
-    is_known = labels < log_p.shape[-1]
-    labels = labels.clamp(max=log_p.shape[-1] - 1)
-    p_label, p_max = log_p.gather(-1, labels).exp(), log_p.amax(-1, keepdim=True).exp()  # [r, 1]
+    margin = settings.label_margin
+    is_known = labels < settings.shared_size
+    labels = labels.clamp(max=settings.shared_size - 1)
+    p_label, p_max = entries.look_up(log_p, labels, "label", "p").exp(), entries.max(log_p, "p").exp()  # [r, 1]
     wrong = (p_max - p_label + margin) / (1 + p_max - p_label)
     right = (p_label + margin).clamp(max=1) - p_label
     right = right / (1 - p_label).clamp(min=torch.finfo(p_label.dtype).tiny)
     share = torch.where(p_label < p_max, wrong, right) * is_known  # of the label's one-hot distribution in the mixture
     log_p += torch.log1p(-share).clamp(min=_LOG_ZERO)
-    log_p.scatter_(-1, labels, (p_label + share * (1 - p_label)).log())
+    entries.scatter_(log_p, labels, (p_label + share * (1 - p_label)).log())
     log_p.clamp_(min=_LOG_ZERO)
 
 
-def _metrics(logits: Tensor, log_q: Tensor, teacher_logits: Tensor, labels: Tensor) -> list[Tensor]:
+def _metrics(
+    logits: Tensor, log_q: Tensor, teacher_logits: Tensor, labels: Tensor, settings: Settings, entries: Whole | Part
+) -> list[Tensor]:
     """Sums of the student's entropy, the teacher's cross-entropy and entropy, and of agreements; at temperature 1."""
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
-    log_p = teacher_logits[:, :shared].log_softmax(-1)
-    agree = logits[:, :shared].argmax(-1) == log_p.argmax(-1)
-    teacher_ce = -log_p.gather(-1, labels.clamp(max=shared - 1)).sum()
+    log_p = entries.log_softmax(teacher_logits[:, :shared], "shared_teacher")
+    agree = entries.agree(logits[:, :shared], log_p)
+    teacher_ce = -entries.gather(log_p, labels.clamp(max=settings.shared_size - 1)).sum()
     student_entropy, teacher_entropy = (torch.special.entr(x.exp()).sum() for x in (log_q, log_p))
     return [student_entropy, teacher_ce, teacher_entropy, agree.sum().to(log_q.dtype)]
