@@ -110,7 +110,9 @@ def peak_tensor_bytes(step: Callable[[], Any], device: torch.device) -> int:
         torch.accelerator.reset_peak_memory_stats(device)
         step()
         return round(metrics.peak_memory_gib(device) * 2**30)
-    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cpu]
+    is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor  # around another, left by torch.func
+    found = (one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter))
+    tensors = [one for one in found if not is_wrapper(one) and one.is_cpu]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
