@@ -1,6 +1,7 @@
 """A polite end: SIGTERM and Ctrl-C let the step finish, so that the run can save and be resumed."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
@@ -10,13 +11,24 @@ class Interrupt:
     with Interrupt() as interrupt:
         for step in ...:
             ...
-            if interrupt.received:
+            if interrupt.has_come():
                 save()
                 raise SystemExit(interrupt.exit_code)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
+        """
+        Args:
+            agree: tells whether it is true of any process of the run; all of them ask at the same time.
+        """
         self.received: signal.Signals | None = None
+        self._agree = agree
+
+    def has_come(self) -> bool:
+        """Whether a signal has come, to any process of the run; from then on `received` is set in all of them."""
+        if self._agree(self.received is not None):
+            self.received = self.received or signal.SIGTERM
+        return self.received is not None
 
     @property
     def exit_code(self) -> int:

@@ -28,18 +28,29 @@ class MetricLoggerConfig:
 class MetricLogger:
     """One JSON object per call in `output_dir/metrics.jsonl`, flushed at once, and the sinks that were asked for."""
 
-    def __init__(self, output_dir: Path, cfg: MetricLoggerConfig, run_config: Mapping[str, Any], resumed_step: int = 0):
+    def __init__(
+        self,
+        output_dir: Path,
+        cfg: MetricLoggerConfig,
+        run_config: Mapping[str, Any],
+        resumed_step: int = 0,
+        is_first: bool = True,
+    ):
         """
         Args:
             output_dir: folder of the run.
             cfg: the sinks.
             run_config: the resolved settings, sent to Weights & Biases.
             resumed_step: a resumed run repeats the steps after its checkpoint; their old lines are dropped.
+            is_first: False for all but one of the processes of a run: nothing is recorded.
 
         Raises:
             ValueError: a sink was asked for and its package is not installed.
         """
         check_sinks(cfg)
+        self._is_first = is_first
+        if not is_first:
+            return
         path = self._path = output_dir / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step] if resumed_step else []
         aside = path.with_suffix(".tmp")
@@ -59,6 +70,8 @@ class MetricLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` at an optimizer step (from 1; 0 is before training)."""
+        if not self._is_first:
+            return
         # JSON has no NaN: a number that is not finite is written as null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -72,11 +85,15 @@ class MetricLogger:
 
     def logged(self, step: int, key: str) -> dict[str, float] | None:
         """What was logged at `step` together with `key`, also before the run was resumed; None if nothing was."""
+        if not self._is_first:
+            return None
         lines = (json.loads(line) for line in _lines(self._path))
         return next((line for line in lines if line["step"] == step and key in line), None)
 
     def close(self) -> None:
         """Flush and close every sink."""
+        if not self._is_first:
+            return
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

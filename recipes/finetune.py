@@ -28,6 +28,7 @@ from kdtune import (
     config,
     data,
     devices,
+    distributed,
     generation,
     losses,
     memory,
@@ -67,6 +68,7 @@ class Config:
     seed: int = setting(0, ge=0)  # of the rows' order and of random weights
     shuffle: bool = True  # a new order of the rows in each epoch
 
+    parallel: distributed.ParallelConfig = setting(distributed.ParallelConfig)  # over processes; one needs none of it
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
@@ -91,30 +93,38 @@ class Config:
 
 def main(cfg: Config) -> None:
     inputs = check(cfg)
+    ranks = inputs.ranks
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    model, optimizer = build(cfg, inputs.device, inputs.resume_from)
+    model, optimizer = build(cfg, ranks, inputs.resume_from)
 
     writer = checkpoint.ModelWriter(
-        model, cfg.checkpointer, cfg.lora, cfg.qat, inputs.model_config, inputs.companions, optimizer.master
+        model,
+        cfg.checkpointer,
+        cfg.lora,
+        cfg.qat,
+        inputs.model_config,
+        inputs.companions,
+        optimizer.master,
+        ranks,
     )
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
-        Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
+        Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
-    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
+    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), run.step, ranks.is_first)
 
     if inputs.val_batches and run.step == 0:
         logger.log(0, validate(cfg, inputs, model))
 
     throughput = metrics.Throughput()
-    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", inputs.device, run.step)
-    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
+    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", ranks.device, run.step)
+    with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
-            num_tokens = data.count_labels(micro_batches)
+            num_tokens = ranks.total(data.count_labels(micro_batches))
             optim.set_lr(optimizer, inputs.lr_schedule(step))
             loss_sum = forward_backward(cfg, model, micro_batches, num_tokens)
             norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
@@ -132,7 +142,7 @@ def main(cfg: Config) -> None:
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
-                    "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
+                    "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
                 }
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
@@ -148,7 +158,7 @@ def main(cfg: Config) -> None:
                 logger.log(step, values)
                 bar.write(f"step {step}: validation loss {values['val_loss']:.3f}")
                 throughput.restart()
-            if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
+            if interrupt.has_come() or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
                 folder = run.save()
                 throughput.restart()
                 if interrupt.received and not last:
@@ -166,13 +176,20 @@ def main(cfg: Config) -> None:
     settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
     print(f"The model is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    ranks.leave()
 
 
-def build(cfg: Config, device: torch.device, resume_from: Path | None = None) -> tuple[models.Decoder, optim.AdamW]:
+def build(cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None) -> tuple[models.Decoder, optim.AdamW]:
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     model = checkpoint.load_start(
-        cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed, lora=cfg.lora
+        cfg.checkpointer,
+        resume_from,
+        dtype=dtype,
+        device=ranks.device,
+        seed=cfg.seed,
+        lora=cfg.lora,
+        shard=distributed.sharding(ranks, cfg.parallel, trains=True),
     )
     if cfg.lora is not None:
         models.add_lora(model, cfg.lora, seed=cfg.seed)
@@ -184,7 +201,7 @@ def build(cfg: Config, device: torch.device, resume_from: Path | None = None) ->
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
     if cfg.compile:
         models.compile_layers(model)
-    if cfg.gradient_accumulation_steps > 1:
+    if cfg.gradient_accumulation_steps > 1 and ranks.size == 1:  # FSDP adds up in float32 by itself
         optim.accumulate_in_float32(model)
     optimizer = optim.build_optimizer(model, cfg.optimizer, seed=cfg.seed)
     if cfg.optimizer_in_bwd:
@@ -203,12 +220,13 @@ def forward_backward(
     """
     device = model.head.weight.device
     loss_sum = torch.zeros((), device=device)
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches):
         batch = batch.to(device)
         with record_function("model"):
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
             loss = objective(cfg, hidden, model.head, batch, num_tokens)
+        distributed.sync_gradients(model, is_last=i == len(micro_batches) - 1)
         with record_function("backward"):
             loss.total.backward()
         loss_sum += loss.total.detach()
@@ -219,7 +237,7 @@ def forward_backward(
 class Inputs:
     """What is known before a weight is read."""
 
-    device: torch.device
+    ranks: distributed.Ranks
     model_config: dict[str, Any]  # the model's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
@@ -236,9 +254,9 @@ def check(cfg: Config) -> Inputs:
     Raises:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
-    run_device = devices.resolve(cfg.device)
+    ranks = distributed.join(cfg.parallel, cfg.device)
     if cfg.compile:
-        devices.check_compiler(run_device)
+        devices.check_compiler(ranks.device)
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
@@ -252,7 +270,7 @@ def check(cfg: Config) -> Inputs:
 
     model_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     model = models.from_hf_config(model_config)
-    check_settings(cfg, run_device)
+    check_settings(cfg, ranks.device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
@@ -263,7 +281,7 @@ def check(cfg: Config) -> Inputs:
 
     preflight.check_disk_space(output_dir, memory.disk(cfg, model))
 
-    loaded = load_data(cfg, tokenizer, model.vocab_size)
+    loaded = load_data(cfg, tokenizer, model.vocab_size, ranks)
     profiling.check_profiler(cfg.profiler, loaded.num_steps)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
@@ -274,11 +292,11 @@ def check(cfg: Config) -> Inputs:
     if cfg.qat is not None:
         print(f"qat       {cfg.qat}")
     print(f"data      {loaded.summary()}")
-    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
+    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    {planning.describe(cfg, build, forward_backward, run_device)}")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
     return Inputs(
-        device=run_device,
+        ranks=ranks,
         model_config=model_config,
         tokenizer=tokenizer,
         companions=companions,
@@ -310,26 +328,18 @@ def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
     return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir)
 
 
-def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
+def load_data(
+    cfg: Config,
+    tokenizer: tokenizers.Tokenizer,
+    vocab_size: int | None = None,
+    ranks: distributed.Ranks = distributed.ALONE,
+) -> data.RunData:
     """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see.
 
     Args:
         vocab_size: ids that the model has; None: as many as the tokenizer.
     """
-    return data.load_run(
-        cfg.dataset,
-        cfg.dataset_val,
-        tokenizer,
-        cfg.tokenizer.max_seq_len,
-        batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        epochs=cfg.epochs,
-        max_steps_per_epoch=cfg.max_steps_per_epoch,
-        max_steps=cfg.max_steps,
-        shuffle=cfg.shuffle,
-        seed=cfg.seed,
-        vocab_size=vocab_size,
-    )
+    return data.load_run(cfg, tokenizer, vocab_size, ranks.rank, ranks.size)
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, batch: data.Batch, num_tokens: int) -> losses.Loss:
@@ -353,11 +363,11 @@ def validate(cfg: Config, inputs: Inputs, model: models.Decoder) -> dict[str, fl
     found = {}
     model.eval()
     for source, batches in inputs.val_batches.items():
-        loss_sum, num_tokens = torch.zeros((), device=inputs.device), batches.num_labels
+        loss_sum, num_tokens = torch.zeros((), device=inputs.ranks.device), batches.num_labels
         for batch in batches:
-            batch = batch.to(inputs.device)
+            batch = batch.to(inputs.ranks.device)
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
             loss_sum += objective(cfg, hidden, model.head, batch, num_tokens).ce
-        found[source] = {"val_loss": loss_sum.item()}, num_tokens
+        found[source] = {"val_loss": inputs.ranks.all_sum(loss_sum[None])[0]}, num_tokens
     model.train()
     return metrics.pool(found)

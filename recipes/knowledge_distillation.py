@@ -36,6 +36,7 @@ from kdtune import (
     config,
     data,
     devices,
+    distributed,
     generation,
     losses,
     memory,
@@ -81,6 +82,7 @@ class Config:
     seed: int = setting(0, ge=0)  # of the rows' order and of random weights
     shuffle: bool = True  # a new order of the rows in each epoch
 
+    parallel: distributed.ParallelConfig = setting(distributed.ParallelConfig)  # over processes; one needs none of it
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
@@ -105,20 +107,28 @@ class Config:
 
 def main(cfg: Config) -> None:
     inputs = check(cfg)
+    ranks = inputs.ranks
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
     full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
-    student, teacher, optimizer = build(cfg, inputs.device, inputs.resume_from)
+    student, teacher, optimizer = build(cfg, ranks, inputs.resume_from)
 
     writer = checkpoint.ModelWriter(
-        student, cfg.checkpointer, cfg.lora, cfg.qat, inputs.student_config, inputs.companions, optimizer.master
+        student,
+        cfg.checkpointer,
+        cfg.lora,
+        cfg.qat,
+        inputs.student_config,
+        inputs.companions,
+        optimizer.master,
+        ranks,
     )
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
-        Path(cfg.output_dir), inputs.resume_from, writer.write, optimizer=optimizer, loader=inputs.loader
+        Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
     )
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
-    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), resumed_step=run.step)
+    logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), run.step, ranks.is_first)
 
     prove_teacher(cfg, inputs, student, teacher, full_hidden)
     del full_hidden
@@ -126,12 +136,12 @@ def main(cfg: Config) -> None:
         logger.log(0, validate(cfg, inputs, student, teacher))
 
     throughput = metrics.Throughput()
-    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", inputs.device, run.step)
-    with Interrupt() as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
+    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", ranks.device, run.step)
+    with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
-            num_tokens = data.count_labels(micro_batches)
+            num_tokens = ranks.total(data.count_labels(micro_batches))
             optim.set_lr(optimizer, inputs.lr_schedule(step))
             sums = forward_backward(cfg, student, teacher, micro_batches, num_tokens, step / inputs.num_steps)
             norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
@@ -139,7 +149,7 @@ def main(cfg: Config) -> None:
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                (loss_value, ce_loss, kd_loss, balanced_kd), grad_norm = sums.tolist(), norm.item()
+                (loss_value, ce_loss, kd_loss, balanced_kd), grad_norm = ranks.all_sum(sums), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
                     raise run.not_finite(step, loss_value, grad_norm, applied=cfg.optimizer_in_bwd)
                 values = {
@@ -152,7 +162,7 @@ def main(cfg: Config) -> None:
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
-                    "peak_memory_gib": metrics.peak_memory_gib(inputs.device),
+                    "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
                 }
                 logger.log(step, values)
                 shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
@@ -172,7 +182,7 @@ def main(cfg: Config) -> None:
                     f"{values['val_kd_loss']:.3f}, top-1 agreement {values['val_agreement']:.1%}"
                 )
                 throughput.restart()
-            if interrupt.received or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
+            if interrupt.has_come() or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
                 folder = run.save()
                 throughput.restart()
                 if interrupt.received and not last:
@@ -191,16 +201,23 @@ def main(cfg: Config) -> None:
     settings += " chat=true" * cfg.dataset.has_chats
     prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
     print(f"The student is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    ranks.leave()
 
 
 def build(
-    cfg: Config, device: torch.device, resume_from: Path | None = None
+    cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
 ) -> tuple[models.Decoder, LiveTeacher, optim.AdamW]:
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
-    teacher = load_teacher(cfg, device, cfg.teacher.quantization, cfg.teacher.offload)
+    teacher = load_teacher(cfg, ranks, cfg.teacher.quantization, cfg.teacher.offload)
     student = checkpoint.load_start(
-        cfg.checkpointer, resume_from, dtype=dtype, device=device, seed=cfg.seed, lora=cfg.lora
+        cfg.checkpointer,
+        resume_from,
+        dtype=dtype,
+        device=ranks.device,
+        seed=cfg.seed,
+        lora=cfg.lora,
+        shard=distributed.sharding(ranks, cfg.parallel, trains=True),
     )
     if cfg.lora is not None:
         models.add_lora(student, cfg.lora, seed=cfg.seed)
@@ -213,7 +230,7 @@ def build(
     if cfg.compile:
         models.compile_layers(student)
         models.compile_layers(teacher.model)
-    if cfg.gradient_accumulation_steps > 1:
+    if cfg.gradient_accumulation_steps > 1 and ranks.size == 1:  # FSDP adds up in float32 by itself
         optim.accumulate_in_float32(student)
     optimizer = optim.build_optimizer(student, cfg.optimizer, seed=cfg.seed)
     if cfg.optimizer_in_bwd:
@@ -222,18 +239,19 @@ def build(
 
 
 def load_teacher(
-    cfg: Config, device: torch.device, quantization: models.Quantization | None, offload: bool
+    cfg: Config, ranks: distributed.Ranks, quantization: models.Quantization | None, offload: bool
 ) -> LiveTeacher:
-    """The teacher for a student on `device`."""
-    place = cfg.teacher.place(device)
+    """The teacher for a student that is spread over the same ranks."""
+    place = cfg.teacher.place(ranks.device)
     model = checkpoint.load_model(
         cfg.teacher_checkpointer.checkpoint_dir,
         dtype=devices.DTYPES[cfg.teacher.dtype or cfg.dtype],
         device="cpu" if offload else place,
         adapter_dir=cfg.teacher_checkpointer.adapter_dir,
         quantization=quantization,
+        shard=distributed.sharding(ranks, cfg.parallel, trains=False),
     )
-    return LiveTeacher(model, student_device=device, offload_to=place if offload else None)
+    return LiveTeacher(model, student_device=ranks.device, offload_to=place if offload else None)
 
 
 def forward_backward(
@@ -253,7 +271,7 @@ def forward_backward(
     """
     device = student.head.weight.device
     sums = torch.zeros(4, device=device)
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches):
         # The teacher goes first: its activations are gone before the student's are kept for the backward.
         with record_function("teacher"):
             targets = teacher(batch)
@@ -262,6 +280,7 @@ def forward_backward(
             hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
             loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress)
+        distributed.sync_gradients(student, is_last=i == len(micro_batches) - 1)
         with record_function("backward"):
             loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
@@ -272,7 +291,7 @@ def forward_backward(
 class Inputs:
     """What is known before a weight is read."""
 
-    device: torch.device
+    ranks: distributed.Ranks
     student_config: dict[str, Any]  # the student's config.json
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
@@ -289,9 +308,9 @@ def check(cfg: Config) -> Inputs:
     Raises:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
-    run_device = devices.resolve(cfg.device)
+    ranks = distributed.join(cfg.parallel, cfg.device)
     if cfg.compile:
-        devices.check_compiler(run_device)
+        devices.check_compiler(ranks.device)
     metrics.check_sinks(cfg.metric_logger)
     output_dir = Path(cfg.output_dir)
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
@@ -309,7 +328,7 @@ def check(cfg: Config) -> Inputs:
     student_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
     teacher_config = checkpoint.check_model(cfg.teacher_checkpointer)
     student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
-    check_settings(cfg, run_device)
+    check_settings(cfg, ranks.device)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
@@ -322,7 +341,7 @@ def check(cfg: Config) -> Inputs:
     preflight.check_disk_space(output_dir, memory.disk(cfg, student))
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
-    loaded = load_data(cfg, tokenizer, vocab_size)
+    loaded = load_data(cfg, tokenizer, vocab_size, ranks)
     profiling.check_profiler(cfg.profiler, loaded.num_steps)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
@@ -334,11 +353,11 @@ def check(cfg: Config) -> Inputs:
         print(f"qat       {cfg.qat}")
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {loaded.summary()}")
-    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(run_device)}"
+    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    {planning.describe(cfg, build, forward_backward, run_device)}")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
     return Inputs(
-        device=run_device,
+        ranks=ranks,
         student_config=student_config,
         tokenizer=tokenizer,
         companions=companions,
@@ -376,26 +395,18 @@ def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
     return tokenizers.load(cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir)
 
 
-def load_data(cfg: Config, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> data.RunData:
+def load_data(
+    cfg: Config,
+    tokenizer: tokenizers.Tokenizer,
+    vocab_size: int | None = None,
+    ranks: distributed.Ranks = distributed.ALONE,
+) -> data.RunData:
     """What the run trains and validates on. `kdtune data` calls it, too, and so shows what the run will see.
 
     Args:
         vocab_size: ids that the models have; None: as many as the tokenizer.
     """
-    return data.load_run(
-        cfg.dataset,
-        cfg.dataset_val,
-        tokenizer,
-        cfg.tokenizer.max_seq_len,
-        batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        epochs=cfg.epochs,
-        max_steps_per_epoch=cfg.max_steps_per_epoch,
-        max_steps=cfg.max_steps,
-        shuffle=cfg.shuffle,
-        seed=cfg.seed,
-        vocab_size=vocab_size,
-    )
+    return data.load_run(cfg, tokenizer, vocab_size, ranks.rank, ranks.size)
 
 
 def objective(
@@ -446,12 +457,12 @@ def evaluate(
     cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
 ) -> dict[str, float]:
     """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
-    sums, num_tokens = torch.zeros(6, device=inputs.device), 0
+    sums, num_tokens = torch.zeros(6, device=inputs.ranks.device), 0  # of this rank
     student.eval()
     for batch in batches:
         num_tokens += batch.num_labels
         targets = teacher(batch)
-        batch = batch.to(inputs.device)
+        batch = batch.to(inputs.ranks.device)
         hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         # Of one token: sums, divided once at the end.
         loss = losses.distillation_loss(
@@ -468,14 +479,15 @@ def evaluate(
         sums += torch.stack(values)
     student.train()
     names = ("val_ce_loss", "val_kd_loss", "val_agreement", "val_entropy", "val_teacher_ce_loss", "val_teacher_entropy")
-    return dict(zip(names, (sums / num_tokens).tolist(), strict=True))
+    total = inputs.ranks.total(num_tokens)
+    return dict(zip(names, (value / total for value in inputs.ranks.all_sum(sums)), strict=True))
 
 
 def ask_full_teacher(cfg: Config, inputs: Inputs) -> Tensor:
     """Hidden states of the first rows, [b, s, d], before quantisation. The head has none, so that they tell it all."""
-    is_on_host = cfg.teacher.place(inputs.device).type == "cpu"
+    is_on_host = cfg.teacher.place(inputs.ranks.device).type == "cpu"
     # Quantised, the teacher may fit where the full one does not.
-    teacher = load_teacher(cfg, inputs.device, quantization=None, offload=not is_on_host)
+    teacher = load_teacher(cfg, inputs.ranks, quantization=None, offload=not is_on_host)
     return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size))).hidden
 
 

@@ -40,7 +40,9 @@ MAY_IMPORT = {
     "tokenizers": {"config"},
     "data": {"config", "devices", "documents", "tokenizers"},
     "teacher": {"config", "data", "devices", "losses", "models"},
-    "checkpoint": {"config", "models", "tokenizers"},
+    "checkpoint": {"config", "distributed", "dtensors", "models", "tokenizers"},
+    "distributed": {"config", "devices", "models"},
+    "dtensors": set[str](),
     "generation": {"config", "documents", "models", "tokenizers"},
     "cli": {"cli", "config", "data", "memory", "planning"},
 }
@@ -122,10 +124,13 @@ def attributes_read(paths: list[Path]) -> set[str]:
 
 
 def owner(section: Any) -> list[Path]:
-    """The files of the part of the library that a section lives in, and others that name it."""
+    """The files of the part of the library that a section lives in, and others that name it.
+
+    Of a recipe's whole Config, those that take such: what all recipes must do alike with their settings.
+    """
     name = part(section.__module__)
     if name is None:
-        return []
+        return [path for path in PACKAGE.rglob("*.py") if "cfg: Any" in path.read_text()]
     naming = [path for path in PACKAGE.rglob("*.py") if re.search(rf"\b{section.__name__}\b", path.read_text())]
     return [*naming, *(sorted((PACKAGE / name).glob("*.py")) or [PACKAGE / f"{name}.py"])]
 

@@ -25,13 +25,13 @@ from kdtune.checkpoint.scaled import (
     with_scales,
 )
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_fp8, read_header, read_into
+from kdtune.dtensors import local, rows_of, whole
 from kdtune.models import (
     Decoder,
     ModelConfig,
     QATConfig,
     Quantization,
     from_hf_config,
-    is_quantized,
     merged,
     parameter_shapes,
     quantize_linear,
@@ -174,6 +174,7 @@ def load_model(
     quantization: Quantization | None = None,
     random_weights: bool = False,
     seed: int = 0,
+    shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """Build the model of a folder and fill it; beside it are held a small buffer and what rounding a weight takes.
 
@@ -188,6 +189,8 @@ def load_model(
         random_weights: draw the weights instead of reading them: normal with the config's `initializer_range`, norms
             1, biases 0.
         seed: of `random_weights`; the same weights on any device, and no global random state is touched.
+        shard: spreads the model, while it is on `meta`, over several processes, each of which reads its own part of
+            every weight. None: this process holds all of it.
 
     Raises:
         FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers`, `check_files` and
@@ -206,21 +209,40 @@ def load_model(
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     with torch.device("meta"):
         model = Decoder(config)
+
+    def stored_as(name: str) -> StoredTensor:
+        original = _name_in_folder(name, keep_layers)
+        return stored[original if original in stored else "model.embed_tokens.weight"]  # a head that was tied
+
+    def fill(name: str, weight: Tensor) -> Tensor:
+        original = _name_in_folder(name, keep_layers)
+        if random_weights:
+            _draw(name, weight, config.initializer_range, generator)
+        elif adapter is not None and adapter.changes(original):
+            adapter.read_merged(original, stored_as(name), weight, buffer)
+        elif quantization == "fp8" and name in quantized and stored_as(name).is_fp8:
+            return stored_fp8(*read_fp8(stored_as(name), weight.device, buffer), dtype)
+        else:
+            read_into(stored_as(name), weight, buffer)
+        if name in quantized and not weight.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite, which rounding could hide.")
+        return weight
+
+    if shard is not None:
+        shard(model.to(dtype))
+        model.to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            part, rows = local(parameter.detach()), rows_of(parameter)
+            is_plain = not random_weights and stored_as(name).scale is None
+            if is_plain and not (adapter is not None and adapter.changes(_name_in_folder(name, keep_layers))):
+                read_into(stored_as(name).rows(rows.start, rows.stop), part, buffer)
+            else:
+                part.copy_(fill(name, torch.empty(parameter.shape, dtype=dtype))[rows])
+        return model
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if random_weights and is_filled:
-            _draw(name, weight, config.initializer_range, generator)
-        elif is_filled:
-            original = _name_in_folder(name, keep_layers)
-            place = stored[original if original in stored else "model.embed_tokens.weight"]  # a head that was tied
-            if adapter is not None and adapter.changes(original):
-                adapter.read_merged(original, place, weight, buffer)
-            elif quantization == "fp8" and name in quantized and place.is_fp8:
-                weight = stored_fp8(*read_fp8(place, weight.device, buffer), dtype)
-            else:
-                read_into(place, weight, buffer)
-            if name in quantized and not is_quantized(weight) and not weight.isfinite().all():
-                raise ValueError(f"{folder}: {name} holds numbers that are not finite, which rounding could hide.")
+        if is_filled:
+            weight = fill(name, weight)
         if quantization is not None and name in quantized:
             quantize_linear(model, name.removesuffix(".weight"), weight, quantization)
             del weight
@@ -242,8 +264,13 @@ def save_model(
     qat: QATConfig | None = None,
     master: Callable[[Tensor], Tensor] = Tensor.detach,
     max_shard_size: int = MAX_SHARD_SIZE,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> None:
     """Write a folder that this module, transformers and everything compatible with it can open.
+
+    Several ranks that hold a model together call it at the same time. Each writes some of the files, and none holds
+    more than one of them and a weight.
 
     Args:
         model: what to write; if it has adapters, they are merged.
@@ -255,6 +282,8 @@ def save_model(
         qat: write the integers that training rounds weights to, in the format compressed-tensors. None: the weights.
         master: the weight that steps change, of a parameter that is less precise than `dtype`.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
+        rank: which of the processes that write together this is.
+        num_ranks: how many they are.
 
     Raises:
         FloatingPointError: a weight is not a number. Nothing could be done with such a folder.
@@ -264,10 +293,11 @@ def save_model(
     assert from_hf_config(config) == model.config, "config describes another model"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (companions or {}).items():
+    for name, content in (companions or {}).items() if rank == 0 else ():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    if broken := [name for name, parameter in trained_parameters(model).items() if not parameter.isfinite().all()]:
+    trained = trained_parameters(model).items()
+    if broken := [name for name, parameter in trained if not local(parameter).isfinite().all()]:
         raise FloatingPointError(
             f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before is "
             "untouched. Resume from there with a lower learning rate."
@@ -281,27 +311,33 @@ def save_model(
     config[dtype_key] = str(dtype).removeprefix("torch.")
     if qat is not None:
         config[QUANTIZATION_KEYS[0]] = compressed_config(qat)
-    _write_json(folder / "config.json", config)
+    if rank == 0:
+        _write_json(folder / "config.json", config)
 
-    shards = _split({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_size)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _split(sizes, min(max_shard_size, -(-sum(sizes.values()) // num_ranks)))
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     total_size = 0
-    for file_name, shard in zip(names, shards, strict=True):
+    for number, (file_name, shard) in enumerate(zip(names, shards, strict=True)):
         tensors: dict[str, Tensor] = {}
         for name in shard:
-            weight = merged(model, name, master if is_wider else Tensor.detach)
+            weight = whole(merged(model, name, master if is_wider else Tensor.detach))
+            if number % num_ranks != rank:
+                weight = weight.to("meta")
             if qat is not None and name in quantized:
                 tensors |= compressed_parts(name, weight, qat, dtype)
             else:
-                tensors[name] = weight.to("cpu", dtype).contiguous()
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
-        shutil.copymode(folder / "config.json", folder / file_name)  # safetensors 0.8 lets nobody but the owner read
+                tensors[name] = (weight if weight.is_meta else weight.cpu()).to(dtype).contiguous()
+        if number % num_ranks == rank:
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
+            # safetensors 0.8 lets nobody but the owner read.
+            shutil.copymode(folder / "config.json", folder / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
+    if len(shards) > 1 and rank == 0:
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 

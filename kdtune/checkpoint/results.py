@@ -16,6 +16,7 @@ from kdtune.checkpoint.adapters import save_adapter
 from kdtune.checkpoint.huggingface import save_model
 from kdtune.checkpoint.start import StartCheckpointerConfig
 from kdtune.checkpoint.state import Run
+from kdtune.distributed import Ranks
 from kdtune.models import Decoder, LoraConfig, QATConfig
 
 
@@ -31,6 +32,7 @@ class ModelWriter:
         config: its `config.json`, as from `check_start`.
         companions: other files of its folder, by name, as from `read_companions`.
         master: the float32 weight behind a bf16 one, as `AdamW.master`, which is written if `dtype` can hold it.
+        ranks: the processes that hold the model together, and write it together.
     """
 
     model: Decoder
@@ -40,11 +42,12 @@ class ModelWriter:
     config: Mapping[str, Any]
     companions: Mapping[str, bytes]
     master: Callable[[Tensor], Tensor]
+    ranks: Ranks
 
     def write(self, folder: Path) -> None:
         """What training can go on from."""
         if self.lora is None:
-            save_model(self.model, folder, config=self.config, companions=self.companions)
+            self._save_model(folder)
         else:
             base = self.start.checkpoint_dir
             save_adapter(self.model, folder, self.lora, base=base, companions=self.companions)
@@ -64,14 +67,17 @@ class ModelWriter:
             adapter = run.finish(self.write, "adapter")
             source = f"{shlex.quote(self.start.checkpoint_dir)} checkpointer.adapter_dir={shlex.quote(str(adapter))}"
         if self.lora is None or self.lora.save_merged:
-            write_model = functools.partial(
-                save_model,
-                self.model,
-                config=self.config,
-                companions=self.companions,
-                dtype=dtype,
-                qat=self.qat,
-                master=self.master,
-            )
+            write_model = functools.partial(self._save_model, dtype=dtype, qat=self.qat, master=self.master)
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"
+
+    def _save_model(self, folder: Path, **settings: Any) -> None:
+        save_model(
+            self.model,
+            folder,
+            config=self.config,
+            companions=self.companions,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+            **settings,
+        )

@@ -1,5 +1,6 @@
 """Where a model comes from: the settings, and what they lead to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def load_start(
     device: torch.device,
     seed: int,
     lora: LoraConfig | None = None,
+    shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """The model to train: from `cfg`, or from a checkpoint of its own run.
 
@@ -178,9 +180,10 @@ def load_start(
         seed: of `random_weights`.
         lora: the adapter that will be trained. With one, the model is that of `cfg`, which no step changes, quantised
             if `lora` says so.
+        shard: as of `load_model`.
     """
     if resume_from is not None and lora is None:
-        return load_model(resume_from, dtype=dtype, device=device)
+        return load_model(resume_from, dtype=dtype, device=device, shard=shard)
     return load_model(
         cfg.checkpoint_dir,
         dtype=dtype,
@@ -190,4 +193,5 @@ def load_start(
         quantization=None if lora is None else lora.base_quantization,
         random_weights=cfg.random_weights,
         seed=seed,
+        shard=shard,
     )

@@ -18,11 +18,13 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from kdtune import __version__
+from kdtune.distributed import ALONE, Ranks
 
 
 class Stateful(Protocol):
@@ -120,11 +122,23 @@ def check_resume(resume_from: Path | None, loader: Stateful, num_steps: int) -> 
     return state["step"]
 
 
+@runtime_checkable
+class Spread(Protocol):
+    """What may be held by several processes together: an optimizer."""
+
+    def spread_state(self) -> dict[str, Tensor]: ...
+
+
 class Run:
     """The state of a training run: where it stands, and how it gets to the disk and back."""
 
     def __init__(
-        self, output_dir: Path, resume_from: Path | None, write_model: Callable[[Path], None], **parts: Stateful
+        self,
+        output_dir: Path,
+        resume_from: Path | None,
+        write_model: Callable[[Path], None],
+        ranks: Ranks = ALONE,
+        **parts: Stateful,
     ) -> None:
         """Continue from a checkpoint, or start in an output folder cleared of an earlier run.
 
@@ -132,6 +146,7 @@ class Run:
             output_dir: folder of the run.
             resume_from: what `prepare_output_dir` returned.
             write_model: writes what is trained into the path that it is given: a Hugging Face folder, or an adapter.
+            ranks: the processes of the run, which all call its methods.
             parts: whatever has to continue with its state, such as the optimizer.
 
         Raises:
@@ -140,19 +155,24 @@ class Run:
         self.output_dir = output_dir
         self.step = 0  # optimizer steps done
         self._write_model = write_model
+        self._ranks = ranks
         self._parts = parts
-        output_dir.mkdir(parents=True, exist_ok=True)
-        versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        (output_dir / _MARK).write_text(json.dumps(versions, indent=2) + "\n")
-        if resume_from is None:
-            _clear(output_dir)
-        else:
-            state = _read_state(resume_from)
+        if ranks.is_first:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
+            (output_dir / _MARK).write_text(json.dumps(versions, indent=2) + "\n")
+            if resume_from is None:
+                _clear(output_dir)
+        ranks.wait()
+        if resume_from is not None:
+            state = _read_state(resume_from, mmap=ranks.size > 1)
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state[name] | _read_spread(resume_from / name, part, state[name], ranks))
             _set_random_state(state["random"])
             self.step = state["step"]
-            _delete_others(resume_from)
+            ranks.wait()
+            if ranks.is_first:
+                _delete_others(resume_from)
 
     def save(self) -> Path:
         """Write `checkpoints/step_N` of the present step, then delete the older ones and what a crash left there."""
@@ -160,10 +180,16 @@ class Run:
         def write(folder: Path) -> None:
             self._write_model(folder)
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
+            if self._ranks.size > 1:
+                for name, part in self._parts.items():
+                    if isinstance(part, Spread):
+                        state[name] = _write_spread(folder / name, part, state[name])
+            if self._ranks.is_first:
+                torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
 
-        folder = write_aside(self._folder(), write)
-        _delete_others(folder)
+        folder = write_aside(self._folder(), write, self._ranks)
+        if self._ranks.is_first:
+            _delete_others(folder)
         return folder
 
     def _folder(self) -> Path:
@@ -175,10 +201,12 @@ class Run:
         newest = latest(self.output_dir)
         if newest is not None and newest != self._folder():
             self.save()
-        return write_aside(self.output_dir / name, write)
+        return write_aside(self.output_dir / name, write, self._ranks)
 
     def record(self, config_yaml: str, recipe: Path) -> None:
         """Leave what reproduces the run beside the versions: the resolved settings and the recipe's source."""
+        if not self._ranks.is_first:
+            return
         (self.output_dir / "config.yaml").write_text(config_yaml)
         # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
         (self.output_dir / "recipe.py").write_bytes(recipe.read_bytes())
@@ -195,16 +223,28 @@ class Run:
         )
 
 
-def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
+def write_aside(folder: Path, write: Callable[[Path], None], ranks: Ranks = ALONE) -> Path:
     """Fill a folder beside `folder`, flush it to the disk and rename it into place, replacing an older one.
+
+    All ranks call it, and fill it together.
 
     Raises:
         OSError: the disk is full or not writable; `folder` is then as it was.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if ranks.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    ranks.wait()
     write(aside)
+    ranks.wait()
+    if ranks.is_first:
+        _put_in_place(aside, folder)
+    ranks.wait()
+    return folder
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
     for path in sorted(aside.rglob("*")):
         _flush(path)
     _flush(aside)
@@ -216,7 +256,6 @@ def write_aside(folder: Path, write: Callable[[Path], None]) -> Path:
     _flush(folder.parent)
     _flush(folder.parent.parent)  # which may have got a new folder, too
     shutil.rmtree(replaced, ignore_errors=True)
-    return folder
 
 
 def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
@@ -228,6 +267,33 @@ def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
             f"{folder / STATE_FILE} cannot be read ({type(error).__name__}). Delete {folder} to resume from "
             "an older checkpoint if there is one, or start again with overwrite_output_dir=true."
         ) from error
+
+
+def _write_spread(folder: Path, part: Spread, state: dict[str, Any]) -> dict[str, Any]:
+    """Every process writes the tensors that it holds; what is left of the state is returned."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(part.spread_state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    steps = {index: {"step": entries["step"]} for index, entries in state["state"].items()}
+    return {**state, "state": steps}
+
+
+def _read_spread(folder: Path, part: Stateful, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """What `_write_spread` wrote, by however many processes; nothing if it did not."""
+    if not folder.is_dir() or not isinstance(part, Spread):
+        return {}
+    import torch.distributed.checkpoint as dcp
+
+    tensors = part.spread_state()
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in tensors.items() if name in saved}
+    dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+    entries = {index: dict(entry) for index, entry in state["state"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        entries[int(index)][key] = tensor
+    return {"state": entries}
 
 
 def _clear(output_dir: Path) -> None:

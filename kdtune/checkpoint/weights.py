@@ -40,6 +40,14 @@ class StoredTensor:
     zero_point: StoredTensor | None = None  # what is subtracted from them before
     block: tuple[int, int] = (1, 1)  # rows and columns that share both
 
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """A part of it, of a tensor without a scale."""
+        assert self.scale is None
+        row = self.size // self.shape[0]
+        return replace(
+            self, shape=(end - begin, *self.shape[1:]), start=self.start + begin * row, size=(end - begin) * row
+        )
+
     @property
     def is_fp8(self) -> bool:
         """Whether it is e4m3 in whole blocks, which can stay as they are in memory."""

@@ -248,7 +248,14 @@ class ValBatches:
     """
 
     def __init__(
-        self, examples: Examples, batch_size: int, *, packed: bool = False, group_by_length: bool | None = None
+        self,
+        examples: Examples,
+        batch_size: int,
+        *,
+        packed: bool = False,
+        group_by_length: bool | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         """
         Args:
@@ -256,6 +263,8 @@ class ValBatches:
             batch_size: rows of a batch.
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
             group_by_length: the longest first; None: if not packed.
+            rank: which of the processes that share the batches this is; each gets as many.
+            num_ranks: how many they are.
 
         Raises:
             ValueError: group_by_length of packed rows.
@@ -264,6 +273,7 @@ class ValBatches:
         self.examples = examples
         self._batch_size = batch_size
         self._packed = packed
+        self._rank, self._num_ranks = rank, num_ranks
         if packed:
             self._rows = pack(examples.lengths, examples.max_seq_len)
         elif group_by_length is False:
@@ -277,12 +287,16 @@ class ValBatches:
         return self.examples.num_labels
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._rows) // (self._batch_size * self._num_ranks))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self._rows), self._batch_size):
+        for i in range(len(self)):
+            start = (i * self._num_ranks + self._rank) * self._batch_size
             rows = range(start, min(start + self._batch_size, len(self._rows)))
-            yield _collate(self.examples, [self._rows[row] for row in rows], self._packed)
+            if rows:
+                yield _collate(self.examples, [self._rows[row] for row in rows], self._packed)
+            else:
+                yield without_labels(self._packed)
 
 
 def _collate(examples: Examples | Blend, rows: Sequence[np.ndarray], packed: bool) -> Batch:

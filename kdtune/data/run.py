@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kdtune.data.blend import Blend
 from kdtune.data.config import DatasetConfig
@@ -29,50 +30,32 @@ class RunData:
 
 
 def load_run(
-    dataset: DatasetConfig,
-    dataset_val: DatasetConfig | None,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    epochs: int,
-    max_steps_per_epoch: int | None,
-    max_steps: int | None,
-    shuffle: bool,
-    seed: int,
-    vocab_size: int | None = None,
+    cfg: Any, tokenizer: Tokenizer, vocab_size: int | None = None, rank: int = 0, num_ranks: int = 1
 ) -> RunData:
     """Reads what a run trains and validates on. What can be refused without a row is refused before one is tokenised.
 
     Args:
-        dataset: the rows to train on.
-        dataset_val: the rows to validate on; None: no validation.
+        cfg: a recipe's settings.
         tokenizer: that of the student; teacher and student see the same ids.
-        max_seq_len: positions of the longest example.
-        batch_size: rows of a micro-batch.
-        gradient_accumulation_steps: micro-batches of an optimizer step.
-        epochs: passes over the rows.
-        max_steps_per_epoch: steps that end an epoch early; None: all rows.
-        max_steps: steps that end the run early; None: all epochs.
-        shuffle: a new order in each epoch.
-        seed: of the order.
         vocab_size: ids that the models have; None: as many as the tokenizer.
+        rank: which of the processes that share each step this is.
+        num_ranks: how many they are.
 
     Raises:
         FileNotFoundError: nothing at a source.
         ValueError: settings that exclude each other, or rows that cannot be used.
     """
+    dataset, dataset_val, max_seq_len = cfg.dataset, cfg.dataset_val, cfg.tokenizer.max_seq_len
     check_order(
         "dataset",
         packed=dataset.packed,
         group_by_length=dataset.group_by_length,
-        shuffle=shuffle,
-        max_steps_per_epoch=max_steps_per_epoch,
+        shuffle=cfg.shuffle,
+        max_steps_per_epoch=cfg.max_steps_per_epoch,
         is_blend=bool(dataset.sources),
     )
     if dataset.streaming:
-        _check_length(epochs, max_steps_per_epoch, max_steps)
+        _check_length(cfg.epochs, cfg.max_steps_per_epoch, cfg.max_steps)
     if dataset_val is not None:
         _check_validation(dataset_val)
     open_one = Stream if dataset.streaming else open_set
@@ -82,27 +65,35 @@ def load_run(
         opened_val = open_set(dataset_val, tokenizer, max_seq_len, name="dataset_val", vocab_size=vocab_size)
 
     loader: Loader | StreamLoader
-    step = {"batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
+    step = {"batch_size": cfg.batch_size, "gradient_accumulation_steps": cfg.gradient_accumulation_steps}
+    step |= {"rank": rank, "num_ranks": num_ranks}
     if isinstance(opened, Stream):
-        assert max_steps is not None
-        loader, num_steps = StreamLoader(opened, **step, shuffle=shuffle, seed=seed), max_steps
+        assert cfg.max_steps is not None
+        loader, num_steps = StreamLoader(opened, **step, shuffle=cfg.shuffle, seed=cfg.seed), cfg.max_steps
     else:
         loader = Loader(
             opened.load(),
             **step,
-            max_steps_per_epoch=max_steps_per_epoch,
-            shuffle=shuffle,
-            seed=seed,
+            max_steps_per_epoch=cfg.max_steps_per_epoch,
+            shuffle=cfg.shuffle,
+            seed=cfg.seed,
             packed=dataset.packed,
             group_by_length=dataset.group_by_length,
         )
-        num_steps = loader.num_steps(epochs, max_steps)
+        num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
     if dataset_val is None or opened_val is None:
         return RunData(loader, num_steps, None, {})
     examples_val = opened_val.load()
     sources = examples_val.sources if isinstance(examples_val, Blend) else {examples_val.name: examples_val}
     val_batches = {
-        name: ValBatches(examples, batch_size, packed=dataset_val.packed, group_by_length=dataset_val.group_by_length)
+        name: ValBatches(
+            examples,
+            cfg.batch_size,
+            packed=dataset_val.packed,
+            group_by_length=dataset_val.group_by_length,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
         for name, examples in sources.items()
     }
     return RunData(loader, num_steps, examples_val, val_batches)

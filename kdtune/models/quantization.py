@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdtune.models.config import ModelConfig
 from kdtune.models.decoder import parameter_shapes
@@ -183,7 +184,8 @@ def num_bytes(weight: Any) -> int:
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight came from `quantize`."""
-    return hasattr(type(weight), "__tensor_flatten__")  # of the weight itself, torch.compile says it has not
+    # Of the weight itself, torch.compile says that it has not.
+    return hasattr(type(weight), "__tensor_flatten__") and not isinstance(weight, DTensor)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from kdtune.dtensors import like, local, norm_of_whole, rows_of
 from kdtune.optim import moments
 from kdtune.optim.rounding import join, round_stochastically, split, widen
 
@@ -70,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         @torch.no_grad()
         def act(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._norms[self._index[parameter]] = _norm(parameter.grad)
+            self._norms[self._index[parameter]] = _norm(local(parameter.grad))
             self._step(parameter, self._copies(parameter))
             parameter.grad = None
 
@@ -84,18 +86,22 @@ class AdamW(torch.optim.Optimizer):
         After steps in the backward there is no gradient left, and it is the norm of those that were.
         """
         waiting = [parameter for parameter in self._groups if parameter.grad is not None]
-        norms = {self._index[p]: _norm(p.grad) for p in waiting if p.grad is not None} or self._norms
+        norms = {self._index[p]: _norm(local(p.grad)) for p in waiting if p.grad is not None} or self._norms
         norm = torch.linalg.vector_norm(torch.stack([norms[index] for index in sorted(norms)]))
         self._norms = {}
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(waiting, max_norm, norm)
+        norm = norm_of_whole(norm, next(iter(self._groups)))
+        if max_norm is not None and waiting:
+            share = (max_norm / (norm + 1e-6)).clamp(max=1)  # as in torch.nn.utils.clip_grads_with_norm_
+            torch._foreach_mul_([local(parameter.grad) for parameter in waiting], share)
         return norm
 
     @torch.no_grad()
     def master(self, parameter: Tensor) -> Tensor:
         """The weight that steps change, in float32: a bf16 one with its rest. One without a rest is given as it is."""
         rest = self.state[parameter].get("rest") if parameter in self.state else None
-        return parameter.detach() if rest is None else join(parameter.detach().to(rest.device), rest)
+        if rest is None:
+            return parameter.detach()
+        return like(parameter, join(local(parameter.detach()).to(rest.device), rest))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,13 +116,38 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = int(saved["step"])
             for key, signed in MOMENTS.items():
                 scale = f"{key}_scale"
-                moments.assign(state[key], state.get(scale), saved[key], saved.get(scale), signed=signed)
+                value, saved_scale = saved[key], saved.get(scale)
+                if isinstance(parameter, DTensor):
+                    value, saved_scale = self._held(parameter, moments.read(value, saved_scale, signed=signed)), None
+                moments.assign(state[key], state.get(scale), value, saved_scale, signed=signed)
             if "rest" in state and "rest" in saved:
-                state["rest"].copy_(saved["rest"])
+                state["rest"].copy_(self._held(parameter, saved["rest"]))
+
+    @torch.no_grad()
+    def spread_state(self) -> dict[str, Tensor]:
+        """Moments and rests by name, each lying over the processes as its parameter does, and floats instead of codes.
+
+        What is not there yet is made.
+        """
+        tensors = {}
+        for parameter, index in self._index.items():
+            state = self._state(parameter)
+            for key, signed in MOMENTS.items():
+                value = moments.read(state[key], state.get(f"{key}_scale"), signed=signed)
+                tensors[f"{index}.{key}"] = like(parameter, value.view_as(local(parameter)))
+            if "rest" in state:
+                tensors[f"{index}.rest"] = like(parameter, state["rest"])
+        return tensors
+
+    @staticmethod
+    def _held(parameter: Tensor, saved: Tensor) -> Tensor:
+        """The part of a saved tensor that belongs to the part of the parameter that is here."""
+        return local(saved) if isinstance(saved, DTensor) else saved.view(parameter.shape)[rows_of(parameter)]
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
+            parameter = local(parameter.detach())
             device = torch.device("cpu") if self._offload else parameter.device
             has_rest = parameter.dtype == torch.bfloat16 and self._precision == "fp32"
             state["step"] = 0
@@ -135,7 +166,8 @@ class AdamW(torch.optim.Optimizer):
             return None
         assert parameter.grad is not None
         # To memory that the GPU writes by itself: torch takes such for copies that need not be waited for.
-        weight, gradient = (t.to("cpu", non_blocking=True) for t in (parameter.detach(), parameter.grad))
+        tensors = (local(tensor) for tensor in (parameter.detach(), parameter.grad))
+        weight, gradient = (tensor.to("cpu", non_blocking=True) for tensor in tensors)
         if parameter.is_meta:  # a plan, which waits for nothing
             return _Copies(weight, gradient, None)
         return _Copies(weight, gradient, torch.accelerator.current_stream(parameter.device).record_event())
@@ -144,12 +176,12 @@ class AdamW(torch.optim.Optimizer):
         if copies is None:
             assert parameter.grad is not None
             # The kernel takes gradients to lie in memory as the weights do, and some are transposed.
-            self._advance(parameter, parameter.detach(), parameter.grad.contiguous())
+            self._advance(parameter, local(parameter.detach()), local(parameter.grad).contiguous())
         else:
             if copies.ready is not None:
                 copies.ready.synchronize()
             self._advance(parameter, copies.weight, copies.gradient.contiguous())
-            parameter.copy_(copies.weight, non_blocking=True)
+            local(parameter.detach()).copy_(copies.weight, non_blocking=True)
 
     def _advance(self, parameter: Tensor, weight: Tensor, gradient: Tensor) -> None:
         """Change `weight` and the state of `parameter`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtune import data, devices
+from kdtune.distributed import Ranks
 from kdtune.documents import Documents
 from kdtune.memory import format_bytes
 from kdtune.planning.stand_ins import without_data
@@ -97,7 +98,7 @@ def _plan(
 ) -> Plan:
     traced = min(cfg.gradient_accumulation_steps, 2)  # a third finds what the second found
     with without_data(host) as (compute, shares), Tracker(compute) as tracker:
-        *built, optimizer = build(cfg, device)
+        *built, optimizer = build(cfg, Ranks(device))
         models = _by_role(built)
         micro_batches = [_full_batch(cfg) for _ in range(traced)]
         num_tokens = sum(batch.labels.numel() for batch in micro_batches)

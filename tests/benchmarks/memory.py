@@ -23,6 +23,7 @@ from harness import Answer, Variant
 from kdtune import checkpoint, config, data, devices, planning
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
+from kdtune.distributed import Ranks
 
 RECIPE = "knowledge_distillation"
 LLAMA_1B = {
@@ -108,7 +109,7 @@ def measured(settings: argparse.Namespace, words: str) -> Callable[[], Answer]:
     recipe, cfg = prepare(settings, words)
     checkpoint.load_model = functools.partial(checkpoint.load_model, random_weights=True)
     device = devices.resolve(settings.device)
-    *models, optimizer = recipe.build(cfg, device)
+    *models, optimizer = recipe.build(cfg, Ranks(device))
     shape = cfg.batch_size, cfg.tokenizer.max_seq_len
     batches = []
     for _ in range(cfg.gradient_accumulation_steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ def load(
 ) -> data.RunData:
     defaults = {"batch_size": 4, "gradient_accumulation_steps": 1, "epochs": 1, "max_steps_per_epoch": None}
     defaults |= {"max_steps": None, "shuffle": True, "seed": 0}
-    return data.load_run(dataset, dataset_val, tokenizer, 64, **{**defaults, **settings})
+    sections = {"dataset": dataset, "dataset_val": dataset_val, "tokenizer": SimpleNamespace(max_seq_len=64)}
+    return data.load_run(SimpleNamespace(**sections, **{**defaults, **settings}), tokenizer)
 
 
 def blend(source: str, *sources: dict[str, Any], **settings: Any) -> DatasetConfig:

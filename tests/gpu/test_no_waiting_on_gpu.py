@@ -11,6 +11,7 @@ from kdtune import data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
+from kdtune.distributed import Ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +24,7 @@ def test_a_step_waits_for_nothing(dtype, packed, more, tiny):
     recipe = load_module(catalog.find_recipe(name))
     settings = ["device=cuda", f"dtype={dtype}", f"dataset.packed={packed}", "kd_loss.balance=true", *more]
     cfg = load(recipe.Config, None, tiny_runs.arguments(tiny, tiny, *settings, recipe=name)[2:])
-    student, teacher, optimizer = recipe.build(cfg, torch.device("cuda"))
+    student, teacher, optimizer = recipe.build(cfg, Ranks(torch.device("cuda")))
     loader = recipe.load_data(cfg, recipe.load_tokenizer(cfg)).loader
     try:
         for step in range(4):

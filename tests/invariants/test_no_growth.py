@@ -14,6 +14,7 @@ from kdtune import data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
+from kdtune.distributed import Ranks
 
 EVERYTHING = ["enable_activation_checkpointing=true", "dataset.packed=true"]
 SELECTIVE = [*EVERYTHING, "activation_checkpointing_mode=selective"]
@@ -26,7 +27,7 @@ def test_memory_does_not_grow(overrides: list[str], tiny: Path, tmp_path: Path) 
     argv = tiny_runs.arguments(tiny, tmp_path, *overrides, recipe="knowledge_distillation")
     cfg = load(recipe.Config, None, argv[2:])
     device = torch.device("cpu")
-    student, teacher, optimizer = recipe.build(cfg, device)
+    student, teacher, optimizer = recipe.build(cfg, Ranks(device))
     loader = recipe.load_data(cfg, recipe.load_tokenizer(cfg)).loader
     steps = [loader.next_step() for _ in range(3)]  # an epoch, of which steps 5 and 50 take the last
     after: dict[int, tuple[int, int | None]] = {}

@@ -14,6 +14,7 @@ from kdtune import data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
+from kdtune.distributed import Ranks
 
 RECIPES = ["knowledge_distillation", "finetune"]
 SETTINGS = {
@@ -39,7 +40,7 @@ def steps(name: str, tiny: Path, overrides: list[str], device: str) -> list[str]
     """What the second and third step of a recipe wait for; the first one brings the frequencies of rope over."""
     recipe = load_module(catalog.find_recipe(name))
     cfg = load(recipe.Config, None, tiny_runs.arguments(tiny, tiny, *overrides, recipe=name)[2:])
-    *models, optimizer = recipe.build(cfg, torch.device(device))
+    *models, optimizer = recipe.build(cfg, Ranks(torch.device(device)))
     loader = recipe.load_data(cfg, recipe.load_tokenizer(cfg)).loader
     waits = Waits(device)
     for step in range(3):

@@ -13,6 +13,7 @@ from torch import nn
 from kdtune import checkpoint, config, data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
+from kdtune.distributed import ALONE
 from kdtune.documents import Documents
 from kdtune.optim import moments
 from kdtune.planning import Peak, Plan, Tracker, plan
@@ -97,7 +98,7 @@ def measured(name: str, cfg: Any) -> Peak:
     tracker = Tracker()
     moments.table.cache_clear()
     with tracker:
-        built = recipe(name).build(cfg, torch.device("cpu"))
+        built = recipe(name).build(cfg, ALONE)
         step(name, cfg, built)
         tracker.restart()
         step(name, cfg, built)
@@ -106,7 +107,7 @@ def measured(name: str, cfg: Any) -> Peak:
 
 def recorded(name: str, cfg: Any) -> int:
     """The same by the allocator's own record: what lives before the second step, and the most that it adds."""
-    built = recipe(name).build(cfg, torch.device("cpu"))
+    built = recipe(name).build(cfg, ALONE)
     step(name, cfg, built)
     *models, optimizer = built
     modules = [model if isinstance(model, nn.Module) else model.model for model in models]

@@ -12,6 +12,7 @@ import torch
 from real_steps import FINETUNE, KD, STUDENT, TEACHER
 
 from kdtune import checkpoint, devices, planning
+from kdtune.distributed import ALONE
 from kdtune.models import from_hf_config, num_parameters
 from kdtune.optim import moments
 from kdtune.planning import Plan
@@ -137,7 +138,7 @@ def test_a_step_after_a_plan_has_data(teacher: Path, tmp_path: Path) -> None:
     moments.table.cache_clear()
     recipe, cfg = case("optimizer on 8 bits", teacher, tmp_path)
     real_steps.planned(recipe, cfg)
-    built = real_steps.recipe(recipe).build(cfg, torch.device("cpu"))
+    built = real_steps.recipe(recipe).build(cfg, ALONE)
     real_steps.step(recipe, cfg, built)
     assert all(parameter.isfinite().all() for parameter in built[0].parameters())
 

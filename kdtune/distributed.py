@@ -1,0 +1,170 @@
+"""The processes that train together, as torchrun starts them, and how a model is spread over them.
+
+A process that was not started by torchrun is alone, and then nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from kdtune import devices
+from kdtune.config import setting
+from kdtune.models import Decoder
+
+_TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
+
+
+@dataclass
+class ParallelConfig:
+    """How models are spread over the processes that torchrun starts; their product is the number of processes."""
+
+    data_replicate: int = setting(1, gt=0)  # groups that hold all of the model each; each trains on its own rows
+    data_shard: int | None = setting(None, gt=0)  # processes that hold a model together (FSDP); null: all of a group
+    reshard_after_forward: bool = True  # gather a layer's weights again in the backward; false: keep them till then
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run.
+
+    Attributes:
+        device: where this one computes.
+        rank: its number.
+        size: how many there are.
+        mesh: [data_replicate, data_shard]; None if it is alone.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes what is written once."""
+        return self.rank == 0
+
+    def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
+        """Sums over all ranks, as numbers; for a tensor on a device that waits for it."""
+        if not isinstance(values, Tensor):
+            values = torch.tensor(values, dtype=torch.float64)
+        if self.mesh is not None:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def total(self, count: int) -> int:
+        """The sum over all ranks."""
+        return int(self.all_sum([count])[0])
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on one of them."""
+        return self.all_sum([flag])[0] > 0
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """The last call: without it torch complains."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks(torch.device("cpu"))  # where the device does not matter
+
+
+def join(cfg: ParallelConfig, device: str) -> Ranks:
+    """Meet the other processes, if torchrun started this one.
+
+    Args:
+        cfg: how models are spread.
+        device: the setting; of `cuda` each process takes the GPU of its number on the machine.
+
+    Raises:
+        ValueError: there is no such device, or the settings do not go with the number of processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    replicate, shard = check_layout(cfg, size)
+    if size == 1:
+        return Ranks(devices.resolve(device))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    own = devices.resolve(device if torch.device(device).type == "cpu" else f"{torch.device(device).type}:{local_rank}")
+    if own.type != "cpu":
+        torch.accelerator.set_device_index(local_rank)
+    if not dist.is_initialized():
+        # Counts and flags of the host go over gloo, without waiting for the device.
+        backend = "gloo" if own.type == "cpu" else f"cpu:gloo,{own.type}:{dist.get_default_backend_for_device(own)}"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    mesh = dist.init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("data_replicate", "data_shard"))
+    return Ranks(own, dist.get_rank(), size, mesh)
+
+
+def check_layout(cfg: ParallelConfig, size: int) -> tuple[int, int]:
+    """Degrees of replication and of sharding for so many processes.
+
+    Raises:
+        ValueError: they do not multiply to it.
+    """
+    shard = cfg.data_shard or max(1, size // cfg.data_replicate)
+    if cfg.data_replicate * shard != size:
+        raise ValueError(
+            f"parallel.data_replicate={cfg.data_replicate} times parallel.data_shard={shard} is "
+            f"{cfg.data_replicate * shard}, and there {'is' if size == 1 else 'are'} {size} "
+            f"process{'es' * (size > 1)}: every process has one place. Start as many with kdtune run "
+            "--nproc-per-node, or leave parallel.data_shard out, which takes what is left."
+        )
+    return cfg.data_replicate, shard
+
+
+def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[Decoder], None] | None:
+    """What spreads a model on `meta` over the ranks, before it is filled; None for a process that is alone.
+
+    Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277: each rank holds a part of every weight, and gathers a layer's
+    whole weights while that layer computes. Gradients are summed, not averaged: a loss is divided by the labels of all.
+
+    Args:
+        ranks: the processes.
+        cfg: how it is spread.
+        trains: it has gradients. Without, its layers' weights are let go after each forward.
+    """
+    if ranks.mesh is None:
+        return None
+    mesh = ranks.mesh if cfg.data_replicate > 1 else ranks.mesh["data_shard"]
+
+    def shard(model: Decoder) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.head.weight.dtype, torch.float32))
+        reshard = cfg.reshard_after_forward or not trains
+        units: list[Any] = [*model.model.layers]
+        if not model.config.tie_embeddings:
+            units.append(model.model.embed_tokens)
+        for unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # Head and norm stay gathered from the forward to the backward: the loss, which is outside, needs the head.
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        register_fsdp_forward_method(model, "hidden")
+        for unit in (model, *units):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+    return shard
+
+
+def sync_gradients(model: nn.Module, is_last: bool) -> None:
+    """Sum the gradients over the ranks in the next backward, which is the last of the step, or only keep them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
