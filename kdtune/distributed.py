@@ -53,6 +53,11 @@ class Ranks:
         """Whether this is the one that writes what is written once."""
         return self.rank == 0
 
+    @property
+    def folder(self) -> str:
+        """Where what each one writes for itself lies in the folder of such things; alone it is that folder."""
+        return "" if self.mesh is None else f"rank_{self.rank}"
+
     def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
         """Sums over all ranks, as numbers; for a tensor on a device that waits for it."""
         if not isinstance(values, Tensor):
@@ -65,6 +70,13 @@ class Ranks:
     def total(self, count: int) -> int:
         """The sum over all ranks."""
         return int(self.all_sum([count])[0])
+
+    def most(self, value: float) -> float:
+        """The largest of all ranks."""
+        found = torch.tensor(value, dtype=torch.float64)
+        if self.mesh is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
 
     def any(self, flag: bool) -> bool:
         """Whether it is set on one of them."""

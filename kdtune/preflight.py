@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdtune import checkpoint, devices, optim, tokenizers
+from kdtune.distributed import Ranks
 from kdtune.memory import format_bytes
 from kdtune.models import (
     LoraConfig,
@@ -55,6 +56,31 @@ def check_training(cfg: Any, device: torch.device, model: ModelConfig) -> None:
         check_qat(cfg.qat, model, has_adapter=has_adapter, dtype=cfg.dtype, save_dtype=cfg.save_dtype)
     if has_adapter:
         checkpoint.check_lora(cfg.lora, cfg.checkpointer, model, dtype, device, merged_dtype=cfg.save_dtype)
+
+
+def check_spread(cfg: Any, ranks: Ranks) -> None:
+    """Refuse what a model that several processes hold together does not do.
+
+    Args:
+        cfg: a recipe's settings.
+        ranks: the processes.
+
+    Raises:
+        ValueError: says which setting, why and what to do.
+    """
+    if ranks.size == 1:
+        return
+    teacher = getattr(cfg, "teacher", None)
+    for setting, is_set, why in (
+        ("lora", cfg.lora is not None, "an adapter is made beside weights that are whole"),
+        ("qat", cfg.qat is not None, "it rounds weights by groups, which would be cut"),
+        ("optimizer_in_bwd", cfg.optimizer_in_bwd, "gradients are summed over processes after the backward of a layer"),
+        ("teacher.quantization", teacher and teacher.quantization, "FSDP2 does not cut weights of few bits"),
+        ("teacher.offload", teacher and teacher.offload, "its layers are gathered from the other processes instead"),
+        ("teacher.device", teacher and teacher.device, "it is spread over the same processes as the student"),
+    ):
+        if is_set:
+            raise ValueError(f"{setting} with {ranks.size} processes: {why}. Leave it out, or train in one process.")
 
 
 def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:

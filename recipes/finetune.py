@@ -98,16 +98,7 @@ def main(cfg: Config) -> None:
 
     model, optimizer = build(cfg, ranks, inputs.resume_from)
 
-    writer = checkpoint.ModelWriter(
-        model,
-        cfg.checkpointer,
-        cfg.lora,
-        cfg.qat,
-        inputs.model_config,
-        inputs.companions,
-        optimizer.master,
-        ranks,
-    )
+    writer = checkpoint.ModelWriter(model, cfg, inputs.model_config, inputs.companions, optimizer.master, ranks)
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
@@ -119,7 +110,7 @@ def main(cfg: Config) -> None:
         logger.log(0, validate(cfg, inputs, model))
 
     throughput = metrics.Throughput()
-    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", ranks.device, run.step)
+    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile" / ranks.folder, ranks.device, run.step)
     with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
@@ -142,7 +133,7 @@ def main(cfg: Config) -> None:
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
-                    "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
+                    "peak_memory_gib": ranks.most(metrics.peak_memory_gib(ranks.device)),
                 }
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)
@@ -182,14 +173,9 @@ def main(cfg: Config) -> None:
 def build(cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None) -> tuple[models.Decoder, optim.AdamW]:
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
+    shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     model = checkpoint.load_start(
-        cfg.checkpointer,
-        resume_from,
-        dtype=dtype,
-        device=ranks.device,
-        seed=cfg.seed,
-        lora=cfg.lora,
-        shard=distributed.sharding(ranks, cfg.parallel, trains=True),
+        cfg.checkpointer, resume_from, dtype=dtype, device=ranks.device, seed=cfg.seed, lora=cfg.lora, shard=shard
     )
     if cfg.lora is not None:
         models.add_lora(model, cfg.lora, seed=cfg.seed)
@@ -255,6 +241,7 @@ def check(cfg: Config) -> Inputs:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
     ranks = distributed.join(cfg.parallel, cfg.device)
+    preflight.check_spread(cfg, ranks)
     if cfg.compile:
         devices.check_compiler(ranks.device)
     metrics.check_sinks(cfg.metric_logger)
@@ -295,6 +282,7 @@ def check(cfg: Config) -> Inputs:
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
     print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
+    ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
         ranks=ranks,
         model_config=model_config,

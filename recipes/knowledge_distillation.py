@@ -113,16 +113,7 @@ def main(cfg: Config) -> None:
     full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
     student, teacher, optimizer = build(cfg, ranks, inputs.resume_from)
 
-    writer = checkpoint.ModelWriter(
-        student,
-        cfg.checkpointer,
-        cfg.lora,
-        cfg.qat,
-        inputs.student_config,
-        inputs.companions,
-        optimizer.master,
-        ranks,
-    )
+    writer = checkpoint.ModelWriter(student, cfg, inputs.student_config, inputs.companions, optimizer.master, ranks)
     torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
@@ -136,7 +127,7 @@ def main(cfg: Config) -> None:
         logger.log(0, validate(cfg, inputs, student, teacher))
 
     throughput = metrics.Throughput()
-    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile", ranks.device, run.step)
+    profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile" / ranks.folder, ranks.device, run.step)
     with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
@@ -162,7 +153,7 @@ def main(cfg: Config) -> None:
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
-                    "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
+                    "peak_memory_gib": ranks.most(metrics.peak_memory_gib(ranks.device)),
                 }
                 logger.log(step, values)
                 shown = "loss {loss:.3f}, ce {ce_loss:.3f}, kd {kd_loss:.3f}, {tokens_per_second:.0f} tokens/s"
@@ -210,14 +201,9 @@ def build(
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     teacher = load_teacher(cfg, ranks, cfg.teacher.quantization, cfg.teacher.offload)
+    shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     student = checkpoint.load_start(
-        cfg.checkpointer,
-        resume_from,
-        dtype=dtype,
-        device=ranks.device,
-        seed=cfg.seed,
-        lora=cfg.lora,
-        shard=distributed.sharding(ranks, cfg.parallel, trains=True),
+        cfg.checkpointer, resume_from, dtype=dtype, device=ranks.device, seed=cfg.seed, lora=cfg.lora, shard=shard
     )
     if cfg.lora is not None:
         models.add_lora(student, cfg.lora, seed=cfg.seed)
@@ -309,6 +295,7 @@ def check(cfg: Config) -> Inputs:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
     ranks = distributed.join(cfg.parallel, cfg.device)
+    preflight.check_spread(cfg, ranks)
     if cfg.compile:
         devices.check_compiler(ranks.device)
     metrics.check_sinks(cfg.metric_logger)
@@ -356,6 +343,7 @@ def check(cfg: Config) -> Inputs:
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
     print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
+    ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
         ranks=ranks,
         student_config=student_config,

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from kdtune.checkpoint.adapters import save_adapter
 from kdtune.checkpoint.huggingface import save_model
-from kdtune.checkpoint.start import StartCheckpointerConfig
 from kdtune.checkpoint.state import Run
 from kdtune.distributed import Ranks
-from kdtune.models import Decoder, LoraConfig, QATConfig
+from kdtune.models import Decoder
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,7 @@ class ModelWriter:
 
     Attributes:
         model: what is trained.
-        start: where it came from.
-        lora: its adapter; None: all weights are trained.
-        qat: how training rounds its weights; the result consists of the rounded ones. None: it does not.
+        cfg: the recipe's settings: with `lora` an adapter is written, with `qat` the weights as training rounds them.
         config: its `config.json`, as from `check_start`.
         companions: other files of its folder, by name, as from `read_companions`.
         master: the float32 weight behind a bf16 one, as `AdamW.master`, which is written if `dtype` can hold it.
@@ -36,9 +33,7 @@ class ModelWriter:
     """
 
     model: Decoder
-    start: StartCheckpointerConfig
-    lora: LoraConfig | None
-    qat: QATConfig | None
+    cfg: Any
     config: Mapping[str, Any]
     companions: Mapping[str, bytes]
     master: Callable[[Tensor], Tensor]
@@ -46,11 +41,11 @@ class ModelWriter:
 
     def write(self, folder: Path) -> None:
         """What training can go on from."""
-        if self.lora is None:
+        if self.cfg.lora is None:
             self._save_model(folder)
         else:
-            base = self.start.checkpoint_dir
-            save_adapter(self.model, folder, self.lora, base=base, companions=self.companions)
+            base = self.cfg.checkpointer.checkpoint_dir
+            save_adapter(self.model, folder, self.cfg.lora, base=base, companions=self.companions)
 
     def finish(self, run: Run, dtype: torch.dtype) -> str:
         """Write `adapter` or `model`, or both, into the folder of the run.
@@ -63,11 +58,12 @@ class ModelWriter:
             The settings by which `generate` finds the result.
         """
         source = ""
-        if self.lora is not None and self.start.is_in_a_folder:
+        if self.cfg.lora is not None and self.cfg.checkpointer.is_in_a_folder:
             adapter = run.finish(self.write, "adapter")
-            source = f"{shlex.quote(self.start.checkpoint_dir)} checkpointer.adapter_dir={shlex.quote(str(adapter))}"
-        if self.lora is None or self.lora.save_merged:
-            write_model = functools.partial(self._save_model, dtype=dtype, qat=self.qat, master=self.master)
+            base = shlex.quote(self.cfg.checkpointer.checkpoint_dir)
+            source = f"{base} checkpointer.adapter_dir={shlex.quote(str(adapter))}"
+        if self.cfg.lora is None or self.cfg.lora.save_merged:
+            write_model = functools.partial(self._save_model, dtype=dtype, qat=self.cfg.qat, master=self.master)
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"
 
