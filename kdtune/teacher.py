@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdtune import devices
 from kdtune.config import setting
@@ -78,6 +79,8 @@ class LiveTeacher:
         if offload_to is not None:
             stream_layers(model, offload_to)
         self.device = model.head.weight.device
+        # What FSDP gathers into is used again, outside of inference mode, too.
+        self._without_gradients = torch.no_grad if isinstance(model.head.weight, DTensor) else torch.inference_mode
         self.head = model.head
         # The device of a tensor has its number, which `cuda` leaves out.
         wanted = self.device if student_device is None else torch.empty(0, device=student_device).device
@@ -89,7 +92,7 @@ class LiveTeacher:
     def __call__(self, batch: Batch) -> Targets:
         """The distributions of each position, on the student's device; `batch` may be anywhere."""
         batch = batch.to(self.device)
-        with torch.inference_mode():
+        with self._without_gradients():
             hidden = self.model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         # Copied: what was made in inference mode cannot be kept for a backward, as a loss of one's own may want to.
         return Targets(hidden.to(self.head.weight.device, copy=True), self.head)

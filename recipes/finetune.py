@@ -123,7 +123,7 @@ def main(cfg: Config) -> None:
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                loss_value, grad_norm = loss_sum.item(), norm.item()
+                loss_value, grad_norm = ranks.all_sum(loss_sum[None])[0], norm.item()
                 if not math.isfinite(loss_value + grad_norm):
                     raise run.not_finite(step, loss_value, grad_norm, applied=cfg.optimizer_in_bwd)
                 values = {
@@ -281,7 +281,7 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks)}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
         ranks=ranks,

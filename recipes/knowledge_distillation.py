@@ -342,7 +342,7 @@ def check(cfg: Config) -> Inputs:
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
     print(f"run       {steps}, into {output_dir}, {done} done")
-    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks.device)}")
+    print(f"memory    {planning.describe(cfg, build, forward_backward, ranks)}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
         ranks=ranks,

@@ -244,7 +244,7 @@ def test_documented_commands(session: list[list[str]], tmp_path: Path, monkeypat
         elif program == "python":
             assert (ROOT / words[0]).is_file()
         else:
-            assert program in {"pip", "pytest", "ruff", "mypy", ".ci/run"}, "a program that readers have"
+            assert program in {"pip", "pytest", "ruff", "mypy", "torchrun", ".ci/run"}, "a program that readers have"
 
 
 def fetch_nothing(repo: str, folder: Path, *_: Any) -> None:

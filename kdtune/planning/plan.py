@@ -46,8 +46,8 @@ class Plan:
         return text + f", and {format_bytes(self.host.total)} of the host" * (self.host.total > 2**20)
 
 
-def describe(cfg: Any, build: Callable[..., Any], forward_backward: Callable[..., Any], device: torch.device) -> str:
-    """The plan in words, for a run on `device`, with a warning if it is more than this has.
+def describe(cfg: Any, build: Callable[..., Any], forward_backward: Callable[..., Any], ranks: Ranks) -> str:
+    """The plan in words, for a run on the device of `ranks`, with a warning if it is more than this has.
 
     A recipe whose step cannot be run without data is run nevertheless.
     """
@@ -56,9 +56,11 @@ def describe(cfg: Any, build: Callable[..., Any], forward_backward: Callable[...
     except Exception as error:
         return f"not known, as this recipe's step cannot be run without data ({type(error).__name__}: {error})"
     text = f"about {planned} when every row has {cfg.tokenizer.max_seq_len:,} tokens"
-    there = devices.memory(device)
+    if ranks.size > 1:
+        return f"{text}, in a process that is alone; these hold weights, gradients and moments together"
+    there = devices.memory(ranks.device)
     if planned.device.total > there:
-        text += f"\nWARNING: {device} has {format_bytes(there)}. `kdtune plan` with --budget says what to change."
+        text += f"\nWARNING: {ranks.device} has {format_bytes(there)}. `kdtune plan` with --budget says what to change."
     return text
 
 

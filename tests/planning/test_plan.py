@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import real_steps
-import torch
 from real_steps import FINETUNE, KD, STUDENT, TEACHER
 
 from kdtune import checkpoint, devices, planning
@@ -145,18 +144,18 @@ def test_a_step_after_a_plan_has_data(teacher: Path, tmp_path: Path) -> None:
 
 def test_in_words(teacher: Path, tmp_path: Path, planned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     name, cfg = case("finetune", teacher, tmp_path)
-    recipe, cpu = real_steps.recipe(name), torch.device("cpu")
-    text = planning.describe(cfg, recipe.build, recipe.forward_backward, cpu)
+    recipe = real_steps.recipe(name)
+    text = planning.describe(cfg, recipe.build, recipe.forward_backward, ALONE)
     assert re.fullmatch(r"about \d+ MiB \(student weights .*\) when every row has 128 tokens", text)
 
     monkeypatch.setattr(devices, "memory", lambda device: 2**20)
-    warned = planning.describe(cfg, recipe.build, recipe.forward_backward, cpu)
+    warned = planning.describe(cfg, recipe.build, recipe.forward_backward, ALONE)
     assert warned.startswith(f"{text}\nWARNING: cpu has 1 MiB")
 
     def with_a_loop_over_data(*_: Any) -> None:
         raise RuntimeError("no data")
 
-    told = planning.describe(cfg, recipe.build, with_a_loop_over_data, cpu)
+    told = planning.describe(cfg, recipe.build, with_a_loop_over_data, ALONE)
     assert told == "not known, as this recipe's step cannot be run without data (RuntimeError: no data)"
 
 

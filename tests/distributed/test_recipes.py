@@ -1,0 +1,64 @@
+"""The recipes in two processes: what they log and write is what one process logs and writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_runs
+import torch
+
+from kdtune import checkpoint
+
+RECIPES = {"knowledge_distillation": tiny_runs.distil, "finetune": tiny_runs.finetune}
+HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
+
+
+def work(tiny: Path, folder: Path) -> None:
+    port = int(os.environ["MASTER_PORT"])
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        os.environ["MASTER_PORT"] = str(port + number)  # each run meets anew
+        settings = [*HALVES, *tiny_runs.validated_on(tiny), "gradient_accumulation_steps=1"]
+        recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
+        os.environ["MASTER_PORT"] = str(port + number + 10)
+        recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
+
+
+@pytest.fixture(scope="module")
+def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("in_two")
+    ranks.run(2, work, folder, tiny, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: Path) -> None:
+    alone = RECIPES[name](tiny, tmp_path / "alone", *HALVES, *tiny_runs.validated_on(tiny))
+    found, expected = (tiny_runs.numbers(run) for run in (in_two / name, alone))
+    validated_on_stopping = [line for line in found if line["step"] == 4 and "loss" not in line]
+    assert validated_on_stopping, "the run that ended after four steps"
+    found = [line for line in found if line not in validated_on_stopping]
+    assert [sorted(line) for line in found] == [sorted(line) for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=2e-3)
+    weights, others = (
+        checkpoint.load_model(run / "model", dtype=torch.float32, device="cpu").state_dict()
+        for run in (in_two / name, alone)
+    )
+    for key, weight in others.items():
+        torch.testing.assert_close(
+            weights[key], weight, rtol=0, atol=5e-3
+        )  # moments of 8 bits are cut into other blocks
+    assert sorted(path.name for path in (in_two / name).iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_refusals(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the processes meet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        tiny_runs.distil(tiny, tmp_path, "parallel.data_replicate=3")
+    assert "every process has one place" in capsys.readouterr().err
