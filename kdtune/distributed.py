@@ -9,16 +9,18 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from kdtune import devices
 from kdtune.config import setting
 from kdtune.models import Decoder
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
@@ -176,7 +178,6 @@ def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[De
 
 def sync_gradients(model: nn.Module, is_last: bool) -> None:
     """Sum the gradients over the ranks in the next backward, which is the last of the step, or only keep them."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+    sync = getattr(model, "set_requires_gradient_sync", None)  # FSDPModule's, whose import takes a second
+    if sync is not None:
+        sync(is_last)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kdtune import devices
 from kdtune.config import setting
 from kdtune.data import Batch
+from kdtune.dtensors import is_spread
 from kdtune.losses import Targets, distillation_loss
 from kdtune.models import Decoder, ModelConfig, Quantization, check_quantization, stream_layers
 
@@ -80,7 +80,7 @@ class LiveTeacher:
             stream_layers(model, offload_to)
         self.device = model.head.weight.device
         # What FSDP gathers into is used again, outside of inference mode, too.
-        self._without_gradients = torch.no_grad if isinstance(model.head.weight, DTensor) else torch.inference_mode
+        self._without_gradients = torch.no_grad if is_spread(model.head.weight) else torch.inference_mode
         self.head = model.head
         # The device of a tensor has its number, which `cuda` leaves out.
         wanted = self.device if student_device is None else torch.empty(0, device=student_device).device

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from kdtune.dtensors import is_spread
 from kdtune.models.config import ModelConfig
 from kdtune.models.decoder import parameter_shapes
 
@@ -185,7 +185,7 @@ def num_bytes(weight: Any) -> int:
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight came from `quantize`."""
     # Of the weight itself, torch.compile says that it has not.
-    return hasattr(type(weight), "__tensor_flatten__") and not isinstance(weight, DTensor)
+    return hasattr(type(weight), "__tensor_flatten__") and not is_spread(weight)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

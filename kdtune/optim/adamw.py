@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from kdtune.dtensors import like, local, norm_of_whole, rows_of
+from kdtune.dtensors import is_spread, like, local, norm_of_whole, rows_of
 from kdtune.optim import moments
 from kdtune.optim.rounding import join, round_stochastically, split, widen
 
@@ -117,7 +116,7 @@ class AdamW(torch.optim.Optimizer):
             for key, signed in MOMENTS.items():
                 scale = f"{key}_scale"
                 value, saved_scale = saved[key], saved.get(scale)
-                if isinstance(parameter, DTensor):
+                if is_spread(parameter):
                     value, saved_scale = self._held(parameter, moments.read(value, saved_scale, signed=signed)), None
                 moments.assign(state[key], state.get(scale), value, saved_scale, signed=signed)
             if "rest" in state and "rest" in saved:
@@ -142,7 +141,7 @@ class AdamW(torch.optim.Optimizer):
     @staticmethod
     def _held(parameter: Tensor, saved: Tensor) -> Tensor:
         """The part of a saved tensor that belongs to the part of the parameter that is here."""
-        return local(saved) if isinstance(saved, DTensor) else saved.view(parameter.shape)[rows_of(parameter)]
+        return local(saved) if is_spread(saved) else saved.view(parameter.shape)[rows_of(parameter)]
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
