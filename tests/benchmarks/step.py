@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from kdtune import checkpoint, config, data, devices, metrics, models
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
+from kdtune.distributed import Ranks
 
 PRODUCTS = "products"  # the variant that measures the machine
 
@@ -49,7 +50,7 @@ def kdtune(settings: argparse.Namespace, overrides: str) -> Callable[[], float]:
     ]
     cfg = config.load(recipe.Config, None, [*given, *overrides.split()])
     device = devices.resolve(cfg.device)
-    student, teacher, optimizer = recipe.build(cfg, device)
+    student, teacher, optimizer = recipe.build(cfg, Ranks(device))
     stream = batches(settings)
 
     def step() -> float:

@@ -79,6 +79,7 @@ def theirs(model: Any, path: Path, **config: Any) -> Any:
     """PEFT's adapter of a transformers model, which does something, saved to `path`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tied embeddings
+        torch.manual_seed(3)  # PEFT draws from the global generator
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **config))
         randomise(parameter for parameter in model.parameters() if parameter.requires_grad)
         model.save_pretrained(path)
