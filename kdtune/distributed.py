@@ -6,6 +6,7 @@ A process that was not started by torchrun is alone, and then nothing here chang
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from kdtune.models import Decoder
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# Of the mesh, slowest first: neighbours, between whom most crosses, split the products of one layer.
+DIMENSIONS = ("data_replicate", "data_shard", "context", "tensor")
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
 
@@ -42,7 +45,7 @@ class Ranks:
         device: where this one computes.
         rank: its number.
         size: how many there are.
-        mesh: [data_replicate, data_shard]; None if it is alone.
+        mesh: of `DIMENSIONS`; None if it is alone.
     """
 
     device: torch.device
@@ -56,16 +59,29 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def num_data_ranks(self) -> int:
+        """Among how many the rows of a step are dealt out. Those that share a row have the same of these numbers."""
+        return 1 if self.mesh is None else self.mesh.size(0) * self.mesh.size(1)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this one is, or belongs to."""
+        return self.rank * self.num_data_ranks // self.size
+
+    @property
     def folder(self) -> str:
         """Where what each one writes for itself lies in the folder of such things; alone it is that folder."""
         return "" if self.mesh is None else f"rank_{self.rank}"
 
     def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
-        """Sums over all ranks, as numbers; for a tensor on a device that waits for it."""
+        """Sums over all ranks, as numbers; for a tensor on a device that waits for it.
+
+        Of a tensor-parallel group, which computes the same values, the first counts.
+        """
         if not isinstance(values, Tensor):
             values = torch.tensor(values, dtype=torch.float64)
         if self.mesh is not None:
-            values = values.clone()
+            values = values.clone() if self.mesh.get_local_rank("tensor") == 0 else torch.zeros_like(values)
             dist.all_reduce(values)
         return values.tolist()
 
@@ -82,7 +98,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is set on one of them."""
-        return self.all_sum([flag])[0] > 0
+        return self.most(flag) > 0
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -109,7 +125,7 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         ValueError: there is no such device, or the settings do not go with the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
-    replicate, shard = check_layout(cfg, size)
+    degrees = check_layout(cfg, size)
     if size == 1:
         return Ranks(devices.resolve(device))
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -120,25 +136,26 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         # Counts and flags of the host go over gloo, without waiting for the device.
         backend = "gloo" if own.type == "cpu" else f"cpu:gloo,{own.type}:{dist.get_default_backend_for_device(own)}"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-    mesh = dist.init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("data_replicate", "data_shard"))
+    mesh = dist.init_device_mesh(own.type, degrees, mesh_dim_names=DIMENSIONS)
     return Ranks(own, dist.get_rank(), size, mesh)
 
 
-def check_layout(cfg: ParallelConfig, size: int) -> tuple[int, int]:
-    """Degrees of replication and of sharding for so many processes.
+def check_layout(cfg: ParallelConfig, size: int) -> tuple[int, ...]:
+    """Over how many of so many processes each of `DIMENSIONS` goes.
 
     Raises:
         ValueError: they do not multiply to it.
     """
-    shard = cfg.data_shard or max(1, size // cfg.data_replicate)
-    if cfg.data_replicate * shard != size:
+    others = cfg.data_replicate
+    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), 1, 1)
+    if math.prod(degrees) != size:
+        named = [f"parallel.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(
-            f"parallel.data_replicate={cfg.data_replicate} times parallel.data_shard={shard} is "
-            f"{cfg.data_replicate * shard}, and there {'is' if size == 1 else 'are'} {size} "
+            f"{' times '.join(named)} is {math.prod(degrees)}, and there {'is' if size == 1 else 'are'} {size} "
             f"process{'es' * (size > 1)}: every process has one place. Start as many with kdtune run "
             "--nproc-per-node, or leave parallel.data_shard out, which takes what is left."
         )
-    return cfg.data_replicate, shard
+    return degrees
 
 
 def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[Decoder], None] | None:
@@ -154,7 +171,7 @@ def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[De
     """
     if ranks.mesh is None:
         return None
-    mesh = ranks.mesh if cfg.data_replicate > 1 else ranks.mesh["data_shard"]
+    mesh = ranks.mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else ranks.mesh["data_shard"]
 
     def shard(model: Decoder) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

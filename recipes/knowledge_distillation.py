@@ -394,7 +394,7 @@ def load_data(
     Args:
         vocab_size: ids that the models have; None: as many as the tokenizer.
     """
-    return data.load_run(cfg, tokenizer, vocab_size, ranks.rank, ranks.size)
+    return data.load_run(cfg, tokenizer, vocab_size, ranks.data_rank, ranks.num_data_ranks)
 
 
 def objective(

@@ -41,8 +41,8 @@ class Training:
         """Loss and gradient norm."""
         micro_batches = rows(number)
         num_tokens = data.count_labels(micro_batches)
-        mine = micro_batches[self.ranks.rank :: self.ranks.size]
-        most = -(-len(micro_batches) // self.ranks.size)
+        mine = micro_batches[self.ranks.data_rank :: self.ranks.num_data_ranks]
+        most = -(-len(micro_batches) // self.ranks.num_data_ranks)
         mine += [without_labels(packed=False)] * (most - len(mine))
         total = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(mine):
