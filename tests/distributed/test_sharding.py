@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from steps import Training
 
 from kdtune import checkpoint, distributed
+from kdtune.checkpoint import weights
 from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig
 
@@ -54,6 +55,18 @@ def resume(models: Path, parallel: ParallelConfig, start: Path, folder: Path) ->
     return [training.step(step) for step in range(run.step + 1, STEPS + 1)]
 
 
+def most_bytes_read(models: Path) -> float:
+    """Of the teacher's weights, by one process."""
+    ranks = distributed.join(ParallelConfig(), "cpu")
+    pieces: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = weights._read_exactly
+        patch.setattr(weights, "_read_exactly", lambda *args: (pieces.append(len(args[1])), read(*args)))
+        shard = distributed.sharding(ranks, ParallelConfig(), trains=False)
+        checkpoint.load_model(models / "teacher", dtype=torch.bfloat16, device="cpu", shard=shard)
+    return ranks.most(sum(pieces))
+
+
 def save(training: Training, models: Path) -> Callable[[Path], None]:
     config = checkpoint.read_config(models / "student")
     rank = {"rank": training.ranks.rank, "num_ranks": training.ranks.size}
@@ -62,7 +75,7 @@ def save(training: Training, models: Path) -> Callable[[Path], None]:
 
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     """What one process of so many does, one layout after the other."""
-    found = {}
+    found: dict[str, Any] = {"most bytes read": most_bytes_read(models)}
     for name, parallel in LAYOUTS[size].items():
         found[name] = train(models, parallel, folder / f"{name}_{size}")
     starts = sorted(folder.glob("*/kept"))
@@ -106,6 +119,13 @@ def test_a_run_goes_on_with_any_number_of_processes(start: str, size: int, found
     numbers, _ = found
     resumed, expected = (torch.tensor(numbers[name]) for name in (f"from {start}_{size}", "alone_1"))
     torch.testing.assert_close(resumed, expected[1:], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_a_process_reads_its_own_part(size: int, models: Path, found: tuple[dict[str, Any], Path]) -> None:
+    numbers, _ = found
+    total = sum(weight.nbytes for weight in load_file(models / "teacher" / "model.safetensors").values())
+    assert total / size <= numbers[f"most bytes read_{size}"] < 1.05 * total / size
 
 
 @pytest.mark.parametrize("run", RUNS)
