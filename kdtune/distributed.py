@@ -140,8 +140,8 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
     return Ranks(own, dist.get_rank(), size, mesh)
 
 
-def check_layout(cfg: ParallelConfig, size: int) -> tuple[int, ...]:
-    """Over how many of so many processes each of `DIMENSIONS` goes.
+def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> tuple[int, ...]:
+    """Over how many of so many processes each of `DIMENSIONS` goes, by the settings of a section.
 
     Raises:
         ValueError: they do not multiply to it.
@@ -149,29 +149,37 @@ def check_layout(cfg: ParallelConfig, size: int) -> tuple[int, ...]:
     others = cfg.data_replicate
     degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), 1, 1)
     if math.prod(degrees) != size:
-        named = [f"parallel.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
+        named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(
             f"{' times '.join(named)} is {math.prod(degrees)}, and there {'is' if size == 1 else 'are'} {size} "
             f"process{'es' * (size > 1)}: every process has one place. Start as many with kdtune run "
-            "--nproc-per-node, or leave parallel.data_shard out, which takes what is left."
+            f"--nproc-per-node, or leave {section}.data_shard out, which takes what is left."
         )
     return degrees
 
 
+def is_shared(cfg: ParallelConfig, size: int) -> bool:
+    """Whether a model is held by several processes together, and not by each."""
+    return math.prod(check_layout(cfg, size)[1:]) > 1
+
+
 def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[Decoder], None] | None:
-    """What spreads a model on `meta` over the ranks, before it is filled; None for a process that is alone.
+    """What spreads a model on `meta` over the ranks, before it is filled; None if each is to hold all of it.
 
     Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277: each rank holds a part of every weight, and gathers a layer's
     whole weights while that layer computes. Gradients are summed, not averaged: a loss is divided by the labels of all.
 
     Args:
         ranks: the processes.
-        cfg: how it is spread.
+        cfg: how it is spread, which for a teacher need not be as for the student.
         trains: it has gradients. Without, its layers' weights are let go after each forward.
     """
-    if ranks.mesh is None:
+    if ranks.mesh is None or not (trains or is_shared(cfg, ranks.size)):
         return None
-    mesh = ranks.mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else ranks.mesh["data_shard"]
+    degrees, mesh = check_layout(cfg, ranks.size), ranks.mesh
+    if degrees != mesh.shape:
+        mesh = dist.init_device_mesh(ranks.device.type, degrees, mesh_dim_names=DIMENSIONS)
+    mesh = mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else mesh["data_shard"]
 
     def shard(model: Decoder) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdtune import checkpoint, devices, optim, tokenizers
+from kdtune import checkpoint, devices, distributed, optim, tokenizers
 from kdtune.distributed import Ranks
 from kdtune.memory import format_bytes
 from kdtune.models import (
@@ -68,19 +68,24 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     Raises:
         ValueError: says which setting, why and what to do.
     """
+    teacher: Any = getattr(cfg, "teacher", None)
+    teacher_parallel = getattr(cfg, "teacher_parallel", None) or cfg.parallel
+    distributed.check_layout(teacher_parallel, ranks.size, "teacher_parallel" if teacher else "parallel")
     if ranks.size == 1:
         return
-    teacher = getattr(cfg, "teacher", None)
-    for setting, is_set, why in (
-        ("lora", cfg.lora is not None, "an adapter is made beside weights that are whole"),
-        ("qat", cfg.qat is not None, "it rounds weights by groups, which would be cut"),
-        ("optimizer_in_bwd", cfg.optimizer_in_bwd, "gradients are summed over processes after the backward of a layer"),
-        ("teacher.quantization", teacher and teacher.quantization, "FSDP2 does not cut weights of few bits"),
-        ("teacher.offload", teacher and teacher.offload, "its layers are gathered from the other processes instead"),
-        ("teacher.device", teacher and teacher.device, "it is spread over the same processes as the student"),
+    is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
+    whole = f"Give each process a whole teacher: teacher_parallel.data_replicate={ranks.size} and data_shard=1"
+    for setting, is_set, why, cure in (
+        ("lora", cfg.lora, "an adapter is made beside weights that are whole", ""),
+        ("qat", cfg.qat, "weights are rounded in groups, which would be cut", ""),
+        ("optimizer_in_bwd", cfg.optimizer_in_bwd, "a gradient is not yet that of all processes", "Leave it out"),
+        ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
+        ("teacher.offload", is_cut and teacher.offload, "layers are gathered from other processes instead", whole),
+        ("teacher.device", teacher and teacher.device, "each process has one device", "Leave it out"),
     ):
         if is_set:
-            raise ValueError(f"{setting} with {ranks.size} processes: {why}. Leave it out, or train in one process.")
+            cure = cure or "Train in one process"
+            raise ValueError(f"{setting} does not go with {ranks.size} processes: {why}. {cure}.")
 
 
 def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:

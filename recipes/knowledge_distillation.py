@@ -83,6 +83,7 @@ class Config:
     shuffle: bool = True  # a new order of the rows in each epoch
 
     parallel: distributed.ParallelConfig = setting(distributed.ParallelConfig)  # over processes; one needs none of it
+    teacher_parallel: distributed.ParallelConfig | None = None  # the same of the teacher; null: as the student
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
@@ -235,7 +236,7 @@ def load_teacher(
         device="cpu" if offload else place,
         adapter_dir=cfg.teacher_checkpointer.adapter_dir,
         quantization=quantization,
-        shard=distributed.sharding(ranks, cfg.parallel, trains=False),
+        shard=distributed.sharding(ranks, cfg.teacher_parallel or cfg.parallel, trains=False),
     )
     return LiveTeacher(model, student_device=ranks.device, offload_to=place if offload else None)
 

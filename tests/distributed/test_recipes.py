@@ -10,9 +10,13 @@ import ranks
 import tiny_runs
 import torch
 
-from kdtune import checkpoint
+from kdtune import checkpoint, distributed
+from kdtune.distributed import Ranks
 
 RECIPES = {"knowledge_distillation": tiny_runs.distil, "finetune": tiny_runs.finetune}
+# Each process has a whole teacher, which may be quantised then; of the student it has a part.
+WHOLE_TEACHER = ["teacher_parallel.data_replicate=2", "teacher_parallel.data_shard=1"]
+OF_ONE = {"knowledge_distillation": ["teacher.quantization=int8"], "finetune": []}
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
 
@@ -20,7 +24,8 @@ def work(tiny: Path, folder: Path) -> None:
     port = int(os.environ["MASTER_PORT"])
     for number, (name, recipe) in enumerate(RECIPES.items()):
         os.environ["MASTER_PORT"] = str(port + number)  # each run meets anew
-        settings = [*HALVES, *tiny_runs.validated_on(tiny), "gradient_accumulation_steps=1"]
+        settings = [*HALVES, *OF_ONE[name], *tiny_runs.validated_on(tiny), "gradient_accumulation_steps=1"]
+        settings += WHOLE_TEACHER * (name == "knowledge_distillation")
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
         os.environ["MASTER_PORT"] = str(port + number + 10)
         recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
@@ -35,7 +40,7 @@ def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: Path) -> None:
-    alone = RECIPES[name](tiny, tmp_path / "alone", *HALVES, *tiny_runs.validated_on(tiny))
+    alone = RECIPES[name](tiny, tmp_path / "alone", *HALVES, *OF_ONE[name], *tiny_runs.validated_on(tiny))
     found, expected = (tiny_runs.numbers(run) for run in (in_two / name, alone))
     validated_on_stopping = [line for line in found if line["step"] == 4 and "loss" not in line]
     assert validated_on_stopping, "the run that ended after four steps"
@@ -54,11 +59,26 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
     assert sorted(path.name for path in (in_two / name).iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.data_replicate=3"], "parallel.data_replicate=3 times parallel.data_shard=1"),
+        (["teacher_parallel.data_shard=4"], "teacher_parallel.data_shard=4"),
+        (["lora.rank=2"], "lora does not go with 2 processes"),
+        (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
+    ],
+)
 def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before the processes meet."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    layout = distributed.check_layout
+    two = Ranks(torch.device("cpu"), size=2)
+    monkeypatch.setattr(distributed, "join", lambda cfg, device: (layout(cfg, 2), two)[1])
     with pytest.raises(SystemExit):
-        tiny_runs.distil(tiny, tmp_path, "parallel.data_replicate=3")
-    assert "every process has one place" in capsys.readouterr().err
+        tiny_runs.distil(tiny, tmp_path, *overrides)
+    assert message in capsys.readouterr().err
