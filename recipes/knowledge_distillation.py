@@ -87,7 +87,7 @@ class Config:
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of weights and gradients; losses are always float32
     matmul_precision: devices.MatmulPrecision = "highest"  # of float32 products; high: TF32 on GPUs, medium: bf16
-    enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third slower
+    enable_activation_checkpointing: bool = False  # recompute activations in the backward: less memory, more work
     activation_checkpointing_mode: models.CheckpointingMode = "full"  # recompute: full: all; selective: no products
     enable_activation_offloading: bool = False  # what checkpointing keeps goes to host memory until it is needed
     loss_chunk_size: int | None = setting(None, gt=0)  # labelled tokens whose logits exist at one time; null: automatic

@@ -82,6 +82,8 @@ def _plan(module: ModuleType, cfg: Any) -> "Plan":
     try:
         return planning.plan(cfg, module.build, module.forward_backward, getattr(module, "check_settings", None))
     except FileNotFoundError as error:
+        if re.search(r"(?<!adapter_)config\.json", str(error)) is None:
+            raise
         raise FileNotFoundError(
             f"{error}\nA plan needs config.json alone: "
             "kdtune download <owner/model> --output-dir <folder> --allow-patterns config.json"
@@ -128,7 +130,10 @@ def _lines(cfg: Any, plan: "Plan") -> Iterator[str]:
         yield f"{accelerator.name:<15}{accelerator.memory_gb:>5}{fits:>6}{floor}"
     yield ""
     yield f"A plan fits if it leaves {1 - planning.USABLE:.0%} for the CUDA context, workspaces and fragmentation."
-    yield f"Times are those of the products at the full {plan.product_format} rate: no run is faster than that."
+    formats = " and ".join(plan.formats)
+    if any(planning.seconds(plan, accelerator) is None for accelerator in planning.ACCELERATORS):
+        yield f"-: its hardware does not multiply {formats}."
+    yield f"Times are those of the products at the full rate of {formats}: no run is faster than that."
 
 
 _WORK = {"teacher": "teacher's body", "student": "student's body", "heads": "heads"}
@@ -138,16 +143,21 @@ def _summary(cfg: Any, plan: "Plan") -> Iterator[str]:
     from kdtune import planning
 
     num_rows, s = plan.num_micro_batches * cfg.batch_size, cfg.tokenizer.max_seq_len
-    yield f"step      {num_rows:,} x {s:,} tokens in {plan.num_micro_batches:,} micro-batches, {cfg.dtype}"
+    micro_batches = f"{plan.num_micro_batches:,} micro-batch{'es' * (plan.num_micro_batches > 1)}"
+    yield f"step      {num_rows:,} x {s:,} tokens in {micro_batches}, {cfg.dtype}"
     yield from _peak("memory", "the CPU" if cfg.device == "cpu" else "the GPU", plan.device)
     if plan.host.total > 2**20:
         yield from _peak("host", "the host", plan.host)
+    teachers = getattr(getattr(cfg, "teacher", None), "device", None)
+    if teachers not in (None, "cpu", cfg.device):
+        yield f"teacher   counted above and below as if {teachers} were the student's GPU"
     total = sum(plan.flops.values())
-    shares = ", ".join(f"{name} {plan.flops.get(part, 0) / total:.0%}" for part, name in _WORK.items())
+    shares = ", ".join(f"{name} {plan.flops[part] / total:.0%}" for part, name in _WORK.items() if part in plan.flops)
     yield f"work      {total / 1e12:,.4g} TFLOP: {shares}; {total / plan.floor:.2f} times the least that there can be"
     if cfg.device != "cpu":
-        held = ", ".join(str(size) for size in planning.SIZES if planning.fits(plan, size))
-        yield f"fits      {f'GPUs of {held}' if held else f'no GPU of up to {planning.SIZES[-1]}'} GB"
+        smallest = next((size for size in planning.SIZES if planning.fits(plan, size)), None)
+        nothing = f"no GPU of up to {planning.SIZES[-1]} GB"
+        yield f"fits      {f'GPUs of {smallest} GB and more' if smallest else nothing}"
 
 
 def _peak(name: str, place: str, peak: "Peak") -> Iterator[str]:
@@ -187,7 +197,6 @@ def _record(cfg: Any, plan: "Plan") -> dict[str, Any]:
 
     return {
         **_plan_record(plan),
-        "product_format": plan.product_format,
         "fits_gb": [size for size in planning.SIZES if planning.fits(plan, size)],
         "accelerators": [
             {
@@ -206,6 +215,7 @@ def _plan_record(plan: "Plan") -> dict[str, Any]:
         "num_micro_batches": plan.num_micro_batches,
         "memory_bytes": {"device": dataclasses.asdict(plan.device), "host": dataclasses.asdict(plan.host)},
         "flops": plan.flops,
+        "flops_by_format": plan.formats,
         "floor_flops": plan.floor,
     }
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdtune.planning.plan import Plan
-from kdtune.planning.tracker import GRADIENTS, OPTIMIZER, STUDENT_WEIGHTS, TEACHER_WEIGHTS
+from kdtune.planning.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, STUDENT_WEIGHTS, TEACHER_WEIGHTS
 
 # Of a GPU's memory, what a plan may take. The rest is for the CUDA context (half a gigabyte and more), the workspaces
 # of libraries, what is lost between blocks of different sizes, and what a data sheet's gigabytes lack of 2^30 bytes.
 USABLE = 0.9
-SIZES = (16, 24, 40, 48, 80, 96, 141)  # of GPUs, in GB
+SIZES = (6, 8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 192, 256)  # of GPUs, in GB
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,24 @@ def fits(plan: Plan, memory_gb: float) -> bool:
 def seconds(plan: Plan, accelerator: Accelerator) -> float | None:
     """The floor of a step's time: all products at the peak rate, or all weights at the memory's rate, if that is more.
 
-    None: the number format of the plan's products is not in the hardware.
+    None: a number format of the plan's products is not in the hardware.
     """
-    rate: float | None = getattr(accelerator, plan.product_format)
-    if rate is None:
-        return None
+    products = 0.0
+    for name, count in plan.formats.items():
+        rate = _rate(accelerator, name)
+        if rate is None:
+            return None
+        products += count / (rate * 1e12)
     held = plan.device.parts.get
-    weights, teacher = held(STUDENT_WEIGHTS, 0), held(TEACHER_WEIGHTS, 0)
+    weights, adapters, teacher = held(STUDENT_WEIGHTS, 0), held(ADAPTERS, 0), held(TEACHER_WEIGHTS, 0)
     # Forward and backward read the student's weights; the optimizer reads all of its own and writes most of it.
-    moved = plan.num_micro_batches * (teacher + 2 * weights) + 2 * (weights + held(OPTIMIZER, 0)) + held(GRADIENTS, 0)
-    return max(sum(plan.flops.values()) / (rate * 1e12), moved / (accelerator.bandwidth * 1e12))
+    moved = plan.num_micro_batches * (teacher + 2 * (weights + adapters))
+    moved += 2 * ((adapters or weights) + held(OPTIMIZER, 0)) + held(GRADIENTS, 0)
+    return max(products, moved / (accelerator.bandwidth * 1e12))
+
+
+def _rate(accelerator: Accelerator, number_format: str) -> float | None:
+    if number_format in ("int8", "fp8"):  # GeForce cards multiply int8 four times as fast as bf16, others twice
+        return accelerator.bf16 and 4 * accelerator.bf16
+    rate: float | None = getattr(accelerator, number_format)
+    return rate

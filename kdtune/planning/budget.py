@@ -76,9 +76,13 @@ def _possible(cfg: Any) -> Iterator[Change]:
         yield Change({**checkpointing, "activation_checkpointing_mode": "selective"}, price)
     full = {**checkpointing, "activation_checkpointing_mode": "full"}
     yield Change(full, "the student's forward is computed twice")
-    if cfg.dtype == "bf16":
-        yield Change({"optimizer.precision": "stochastic"}, "weights and moments in bf16, rounded by chance")
-    yield Change({"optimizer.name": "adamw_8bit"}, "moments in 8 bits")
+    few_bits = {"optimizer.name": "adamw_8bit"}
+    may_round = cfg.dtype == "bf16" and cfg.optimizer.precision in (None, "fp32")
+    if may_round:
+        few_bits["optimizer.precision"] = "fp32"  # by itself it would round the weights
+    yield Change(few_bits, "moments in 8 bits")
+    if may_round:
+        yield Change({**few_bits, "optimizer.precision": "stochastic"}, "moments in 8 bits, weights rounded by chance")
     yield Change({"teacher.quantization": "int8"}, "the teacher is rounded to 8 bits")
     for settings, num_tokens in smaller:
         if num_tokens < _ENOUGH_TOKENS:

@@ -62,6 +62,13 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     return int(2 * num_products * queries.numel() * seen)
 
 
+def factor(func: Any, args: tuple[Any, ...]) -> Tensor:
+    """The left factor of a product, or the queries of attention."""
+    name = func._schema.name
+    left: Tensor = args[PRODUCTS[name] if name in PRODUCTS else ATTENTION[name][1]]
+    return left
+
+
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel takes for itself on a GPU while it runs.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Plan:
         floor: the least of these that there can be: without attention, and nothing computed twice.
         num_tokens: labelled positions.
         num_micro_batches: of the step.
-        product_format: of most products: bf16, tf32 or fp32.
+        formats: the operations again, by the number format of the products: bf16, tf32, fp32, int8 or fp8.
     """
 
     device: Peak
@@ -38,7 +39,7 @@ class Plan:
     floor: float
     num_tokens: int
     num_micro_batches: int
-    product_format: str
+    formats: dict[str, float]
 
     def __str__(self) -> str:
         listed = ", ".join(f"{part} {format_bytes(self.device.parts[part])}" for part in shown(self.device))
@@ -113,22 +114,26 @@ def _plan(
             with tracker.during("optimizer's step", TEMPORARY):
                 optimizer.step()
     scale = cfg.gradient_accumulation_steps / traced
-    flops = {part: scale * count for part, count in tracker.flops.items()}
-    if shares:
-        flops["heads"] *= len(shares) / sum(shares)
+    scale_of = defaultdict(lambda: scale, {"heads": scale * (len(shares) / sum(shares) if shares else 1)})
+    flops: dict[str, float] = defaultdict(float)
+    formats: dict[str, float] = defaultdict(float)
+    for (part, dtype), count in tracker.flops.items():
+        flops[part] += scale_of[part] * count
+        formats[_FORMATS.get(dtype) or _OF_FLOAT32[cfg.matmul_precision]] += scale_of[part] * count
     peaks = {place.type: peak for place, peak in tracker.peaks.items()}
     return Plan(
         device=peaks[device.type],
         host=peaks.get("cpu", Peak()) if device.type != "cpu" else Peak(),
-        flops=flops,
+        flops=dict(flops),
         floor=_floor(models) * num_tokens * scale,
         num_tokens=int(num_tokens * scale),
         num_micro_batches=cfg.gradient_accumulation_steps,
-        product_format="bf16" if cfg.dtype == "bf16" else _FORMATS[cfg.matmul_precision],
+        formats=dict(formats),
     )
 
 
-_FORMATS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+_FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+_OF_FLOAT32 = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 
 
 def _by_role(built: Iterable[Any]) -> dict[str, list[nn.Module]]:

@@ -72,14 +72,15 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         peaks: by device.
-        flops: of matrix products, by what they were done for: `student`, `teacher` (their bodies), `heads`.
+        flops: of matrix products, by what they were done for (`student`, `teacher`, which are their bodies, or `heads`)
+            and the number format of their factors.
     """
 
     def __init__(self, compute: Callable[..., Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> None:
         super().__init__()
         self._compute = compute
         self.peaks: dict[torch.device, Peak] = defaultdict(Peak)
-        self.flops: dict[str, float] = defaultdict(float)
+        self.flops: dict[tuple[str, torch.dtype], float] = defaultdict(float)
         self._blocks: dict[int, _Block] = {}  # by address
         self._held: dict[torch.device, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._roles: dict[int, str] = {}  # of modules, by id
@@ -165,7 +166,7 @@ class Tracker(TorchDispatchMode):
             self._see(tensor)
         products = kernels.flops(func, args, kwargs, out)
         if products:
-            self.flops[self._doing()[2]] += products
+            self.flops[self._doing()[2], kernels.factor(func, args).dtype] += products
         workspace = kernels.workspace(func, args)
         if workspace:
             device = _device(next(_tensors(out)))

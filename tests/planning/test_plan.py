@@ -132,6 +132,37 @@ def test_operations(device: str, packed: bool, checkpointing: bool, tmp_path: Pa
     assert plan.floor == 2 * num_tokens * (3 * weights + body(TEACHER)[0] + heads)
 
 
+@pytest.mark.parametrize(
+    ("settings", "formats"),
+    [
+        ("dtype=bf16", {"bf16": ("student", "teacher", "heads")}),
+        ("dtype=fp32 matmul_precision=high", {"tf32": ("student", "teacher", "heads")}),
+        ("dtype=fp32 teacher.dtype=bf16", {"bf16": ("teacher",), "fp32": ("student", "heads")}),
+    ],
+)
+def test_floor_of_the_time(settings: str, formats: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+    """Each product at the rate of its own number format."""
+    folder = real_steps.write_config(tmp_path, STUDENT)
+    plan = real_steps.planned(KD, real_steps.settings(KD, folder, folder, "device=cuda", *settings.split()))
+    rates = {"bf16": 100.0, "tf32": 10.0, "fp32": 1.0}
+    compute_bound = planning.Accelerator("", 80, 1e9, rates["bf16"], rates["tf32"], rates["fp32"])
+    expected = sum(plan.flops[part] / (rates[name] * 1e12) for name, parts in formats.items() for part in parts)
+    if "teacher.dtype=bf16" in settings:  # its head is multiplied by the loss, in its own format
+        (d, v), tokens = (STUDENT["hidden_size"], STUDENT["vocab_size"]), plan.num_tokens
+        expected += 2 * tokens * d * v * (1 / rates["bf16"] - 1 / rates["fp32"]) / 1e12
+    assert planning.seconds(plan, compute_bound) == pytest.approx(expected)
+
+
+def test_floor_of_the_time_with_an_adapter(tmp_path: Path) -> None:
+    """The optimizer has nothing to do with frozen weights."""
+    folder = real_steps.write_config(tmp_path, STUDENT)
+    plan = real_steps.planned(FINETUNE, real_steps.settings(FINETUNE, folder, folder, "device=cuda", "lora.rank=1"))
+    memory_bound = planning.Accelerator("", 80, 1e-9, 1e9, 1e9, 1e9)
+    held = plan.device.parts
+    trained = 2 * (2 * held["adapters"] + held["optimizer"]) + held.get("gradients", 0)
+    assert planning.seconds(plan, memory_bound) == pytest.approx((2 * held["student weights"] + trained) / 1e3)
+
+
 def test_a_step_after_a_plan_has_data(teacher: Path, tmp_path: Path) -> None:
     """What is made once and kept, as the tables of 8-bit moments are, is not the plan's."""
     moments.table.cache_clear()
