@@ -11,12 +11,14 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import Training
+from steps import LENGTHS, Training
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
 from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig
+from kdtune.models import from_hf_config, parameter_shapes
 
 STEPS = 3
 LAYOUTS = {  # by number of processes
@@ -67,6 +69,30 @@ def most_bytes_read(models: Path) -> float:
     return ranks.most(sum(pieces))
 
 
+class Traffic(TorchDispatchMode):
+    """Bytes of the whole tensors that are gathered, and of those that are reduced and scattered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.scattered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "c10d::_allgather_base_":  # (output, input, ...)
+            self.gathered += args[0].nbytes
+        if func.name() == "c10d::_reduce_scatter_base_":
+            self.scattered += args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(models: Path, parallel: ParallelConfig) -> list[int]:
+    """Of a step."""
+    training = Training(models, parallel)
+    training.step(1)
+    with Traffic() as traffic:
+        training.step(2)
+    return [traffic.gathered, traffic.scattered]
+
+
 def save(training: Training, models: Path) -> Callable[[Path], None]:
     config = checkpoint.read_config(models / "student")
     rank = {"rank": training.ranks.rank, "num_ranks": training.ranks.size}
@@ -77,6 +103,7 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     """What one process of so many does, one layout after the other."""
     found: dict[str, Any] = {"most bytes read": most_bytes_read(models)}
     for name, parallel in LAYOUTS[size].items():
+        found[f"traffic {name}"] = traffic(models, parallel)
         found[name] = train(models, parallel, folder / f"{name}_{size}")
     starts = sorted(folder.glob("*/kept"))
     for start in starts:
@@ -126,6 +153,26 @@ def test_a_process_reads_its_own_part(size: int, models: Path, found: tuple[dict
     numbers, _ = found
     total = sum(weight.nbytes for weight in load_file(models / "teacher" / "model.safetensors").values())
     assert total / size <= numbers[f"most bytes read_{size}"] < 1.05 * total / size
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_crosses_is_what_the_documentation_says(
+    run: str, models: Path, found: tuple[dict[str, Any], Path]
+) -> None:
+    """For each micro-batch a forward of both models, and a backward; the gradient once a step."""
+    numbers, _ = found
+    name, size = run.split("_")
+    rows_per_step = -(-len(LENGTHS) // int(size))
+
+    def num_bytes(model: str, *, layers: bool) -> int:
+        shapes = parameter_shapes(from_hf_config(checkpoint.read_config(models / model)))
+        kept = ("lm_head.weight", "model.norm.weight", *(["model.embed_tokens.weight"] * (model == "student")))
+        return 8 * sum(torch.Size(shape).numel() for key, shape in shapes.items() if (key not in kept) == layers)
+
+    of_layers, of_rest = (num_bytes("student", layers=layers) for layers in (True, False))
+    passes = 1 if name == "kept" else 2
+    gathered = rows_per_step * (passes * of_layers + of_rest + num_bytes("teacher", layers=True))
+    assert numbers[f"traffic {run}"] == pytest.approx([gathered, of_layers + of_rest], rel=0.03), "but for padding"
 
 
 @pytest.mark.parametrize("run", RUNS)
