@@ -291,6 +291,9 @@ def save_model(
     from safetensors.torch import save_file
 
     assert from_hf_config(config) == model.config, "config describes another model"
+    for module in model.modules():
+        if reshard := getattr(module, "reshard", None):  # of FSDP; a forward without a backward left weights gathered
+            reshard()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (companions or {}).items() if rank == 0 else ():

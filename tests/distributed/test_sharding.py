@@ -18,6 +18,7 @@ from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
 from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig
+from kdtune.dtensors import is_spread
 from kdtune.models import from_hf_config, parameter_shapes
 
 STEPS = 3
@@ -46,7 +47,11 @@ def train(models: Path, parallel: ParallelConfig, folder: Path) -> list[list[flo
         numbers.append(training.step(run.step))
         if run.step == 1:
             shutil.copytree(run.save(), folder / "kept") if training.ranks.is_first else run.save()
+    with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
+        training.student.hidden(torch.arange(4)[None])
     run.finish(writer)
+    if training.ranks.size > 1:
+        assert all(is_spread(parameter) for parameter in training.student.parameters()), "what is saved has its rest"
     return numbers
 
 
