@@ -73,6 +73,14 @@ class Ranks:
         """Where what each one writes for itself lies in the folder of such things; alone it is that folder."""
         return "" if self.mesh is None else f"rank_{self.rank}"
 
+    def describe(self) -> str:
+        """Where they compute, and how they share the work."""
+        if self.mesh is None:
+            return devices.describe(self.device)
+        degrees = zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)
+        layout = ", ".join(f"{name} {degree}" for name, degree in degrees if degree > 1)
+        return f"{devices.describe(self.device)}, {self.size} processes ({layout})"
+
     def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
         """Sums over all ranks, as numbers; for a tensor on a device that waits for it.
 

@@ -250,7 +250,7 @@ def check(cfg: Config) -> Inputs:
     start_from = None if cfg.lora is None else cfg.lora.start_from
     resume_from = checkpoint.prepare_output_dir(
         output_dir,
-        resume=cfg.resume_from_checkpoint,
+        resume=cfg.resume_from_checkpoint or checkpoint.is_started_again(output_dir, ranks),
         overwrite=cfg.overwrite_output_dir,
         sources=(cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir, start_from, tokenizer_path),
     )
@@ -279,7 +279,7 @@ def check(cfg: Config) -> Inputs:
     if cfg.qat is not None:
         print(f"qat       {cfg.qat}")
     print(f"data      {loaded.summary()}")
-    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {devices.describe(ranks.device)}"
+    steps = f"{loaded.num_steps} steps, {cfg.dtype} on {ranks.describe()}"
     print(f"run       {steps}, into {output_dir}, {done} done")
     print(f"memory    {planning.describe(cfg, build, forward_backward, ranks)}")
     ranks.wait()  # so that nobody writes while another still looks at what is there

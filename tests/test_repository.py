@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from kdtune import config
-from kdtune.cli import catalog
+from kdtune.cli import catalog, launch
 from kdtune.cli.main import main
 from kdtune.cli.recipe import load_module
 
@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "distributed": {"config", "devices", "models"},
     "dtensors": set[str](),
     "generation": {"config", "documents", "models", "tokenizers"},
-    "cli": {"cli", "config", "data", "memory", "planning"},
+    "cli": {"cli", "config", "data", "launching", "memory", "planning"},
+    "launching": {"distributed"},
 }
 
 
@@ -260,7 +261,8 @@ def try_command(words: list[str]) -> None:
         options = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
         for option in {"run": ("--dry-run",), "data": ("--val",), "plan": ("--json",)}[command]:
             options.add_argument(option, action="store_true")
-        for option in {"run": (), "data": ("--rows", "--start", "--html"), "plan": ("--budget",)}[command]:
+        launched = [f"--{name}" for name, *_ in launch.OPTIONS]
+        for option in {"run": launched, "data": ("--rows", "--start", "--html"), "plan": ("--budget",)}[command]:
             options.add_argument(option)
         words = ["validate", *options.parse_known_args(rest)[1]]
     main(words)

@@ -18,7 +18,7 @@ from kdtune.checkpoint.start import (
     check_start,
     load_start,
 )
-from kdtune.checkpoint.state import Run, check_resume, latest, prepare_output_dir
+from kdtune.checkpoint.state import Run, check_resume, is_started_again, latest, prepare_output_dir
 
 __all__ = [
     "CheckpointerConfig",
@@ -30,6 +30,7 @@ __all__ = [
     "check_model",
     "check_resume",
     "check_start",
+    "is_started_again",
     "latest",
     "load_adapter",
     "load_model",

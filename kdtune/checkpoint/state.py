@@ -36,7 +36,7 @@ class Stateful(Protocol):
 
 
 STATE_FILE = "training_state.pt"
-_MARK = "versions.json"  # written first, so that a folder without it holds no run
+_MARK = "versions.json"  # written before all else, so that a folder without it holds no run
 _FINISHED = ("model", "adapter")
 _RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "profile", "metrics.jsonl")
 _WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
@@ -93,6 +93,18 @@ def prepare_output_dir(
             "resume_from_checkpoint=true, choose another output_dir, or delete it with overwrite_output_dir=true."
         )
     return None
+
+
+def is_started_again(output_dir: Path, ranks: Ranks) -> bool:
+    """Whether torchrun has started the processes again, and the run in `output_dir` is what they were at.
+
+    All ranks ask: after a machine was lost and another came, only some were there before.
+    """
+    starts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "KDTUNE_RESTARTED"))
+    if not ranks.any(any(int(count) > 0 for count in starts)):
+        return False
+    mark = output_dir / _MARK
+    return mark.is_file() and json.loads(mark.read_text()).get("launch") == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 def latest(output_dir: Path) -> Path | None:
@@ -159,10 +171,9 @@ class Run:
         self._parts = parts
         if ranks.is_first:
             output_dir.mkdir(parents=True, exist_ok=True)
-            versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-            (output_dir / _MARK).write_text(json.dumps(versions, indent=2) + "\n")
             if resume_from is None:
-                _clear(output_dir)
+                _clear(output_dir)  # before the mark says whose run this is
+            _write_mark(output_dir)
         ranks.wait()
         if resume_from is not None:
             state = _read_state(resume_from, mmap=ranks.size > 1)
@@ -294,6 +305,15 @@ def _read_spread(folder: Path, part: Stateful, state: dict[str, Any], ranks: Ran
         index, _, key = name.partition(".")
         entries[int(index)][key] = tensor
     return {"state": entries}
+
+
+def _write_mark(output_dir: Path) -> None:
+    """Say what runs here; in one piece, for a process that is started again reads it."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    aside = output_dir / f".{_MARK}.tmp"
+    aside.write_text(json.dumps(versions | ({"launch": launch} if launch else {}), indent=2) + "\n")
+    aside.replace(output_dir / _MARK)
 
 
 def _clear(output_dir: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kdtune.cli import catalog, recipe
+from kdtune.cli import catalog, launch, rank, recipe
 from kdtune.cli.parser import Parser
 
 if TYPE_CHECKING:
@@ -17,16 +17,29 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Run a recipe: a shipped one by its name, or any file by its path. Its settings are the defaults in the recipe, then the
-config, then every key=value, later wins. `kdtune run <recipe> --help` lists them."""
+config, then every key=value, later wins. `kdtune run <recipe> --help` lists them.
+
+With --nproc-per-node, and torchrun's other options for several machines, that many processes run it together."""
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser("run", _DESCRIPTION, usage=f"kdtune run {recipe.USAGE} [--dry-run]", add_help=False)
+    usage = f"kdtune run [--nproc-per-node N ...] {recipe.USAGE} [--dry-run]"
+    parser = Parser("run", _DESCRIPTION, usage=usage, add_help=False)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print it, and train nothing")
+    launch.add_options(parser)
     call = recipe.parse(parser, argv)
     if call is None:
         parser.print_help()
-        return
+    elif options := launch.options(call):
+        launch.run(call, options)
+    elif rank.is_one():
+        with rank.speaking_once():
+            _run(call)
+    else:
+        _run(call)
+
+
+def _run(call: recipe.Call) -> None:
     has_chosen = _choose_allocator()
     module = recipe.load_module(call.recipe)
     if call.options.help:

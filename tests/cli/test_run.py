@@ -47,7 +47,7 @@ def test_dry_run_only_checks(shipped: Path, kdtune: Run) -> None:
     [
         ([], "no recipe is named"),
         (["--config", "tiny"], "no recipe is named"),
-        (["--nproc_per_node", "2", "distil"], "--nproc_per_node is no option of kdtune run"),
+        (["--gpus", "2", "distil"], "--gpus is no option of kdtune run"),
         (["distill"], "Did you mean distil?"),
         (["distil", "--config"], "argument --config: expected one argument"),
         (["distil", "--config", "tinny"], "Did you mean tiny?"),
