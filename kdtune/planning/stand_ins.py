@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdtune.losses import chunked
+from kdtune.models import quantization
 from kdtune.optim import adamw, moments
 from kdtune.optim.adamw import blocks
 from kdtune.planning import kernels
@@ -49,6 +50,7 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunked, "chunks", first_chunks))
         stack.enter_context(_replaced(adamw, "blocks", first_block))
+        stack.enter_context(_replaced(quantization, "quantize", _once_for_each_shape(quantization.quantize)))
         # What is kept from one step to the next has no data either, and must not outlive the plan.
         stack.enter_context(_replaced(moments, "table", functools.cache(moments.table.__wrapped__)))
         for name, stand_in in (("scaled_dot_product_attention", kernels.attention), ("rms_norm", kernels.rms_norm)):
@@ -57,6 +59,21 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
         if host:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield _compute if host else _compute_beside_host, shares
+
+
+def _once_for_each_shape(quantize: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """Layers are alike, and rounding one to nf4 takes a thousand operators."""
+    made: dict[Any, Any] = {}
+
+    def like_the_first(weight: Tensor, kind: Any) -> Tensor:
+        key = weight.shape, weight.dtype, weight.device, kind
+        if key not in made:
+            return made.setdefault(key, quantize(weight, kind))
+        names, context = made[key].__tensor_flatten__()
+        parts = {name: torch.empty_like(getattr(made[key], name)) for name in names}
+        return type(made[key]).__tensor_unflatten__(parts, context, weight.shape, weight.stride())
+
+    return like_the_first
 
 
 class HostHasAPart(Exception):
