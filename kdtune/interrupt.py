@@ -21,13 +21,14 @@ class Interrupt:
         Args:
             agree: tells whether it is true of any process of the run; all of them ask at the same time.
         """
-        self.received: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # once all know of it
+        self._noted: signal.Signals | None = None
         self._agree = agree
 
     def has_come(self) -> bool:
         """Whether a signal has come, to any process of the run; from then on `received` is set in all of them."""
-        if self._agree(self.received is not None):
-            self.received = self.received or signal.SIGTERM
+        if self._agree(self._noted is not None):
+            self.received = self._noted or signal.SIGTERM
         return self.received is not None
 
     @property
@@ -44,6 +45,6 @@ class Interrupt:
             signal.signal(s, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._noted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self._noted = signal.Signals(number)

@@ -7,6 +7,7 @@ same however its rows are split into micro-batches. `knowledge_distillation` wit
 
     kdtune run finetune --config quickstart
     kdtune run finetune checkpointer.checkpoint_dir=models/Llama-3.1-8B dataset.source=rows.jsonl output_dir=runs/8B
+    kdtune run --nproc-per-node 8 finetune checkpointer.checkpoint_dir=models/Llama-3.1-8B ...
 
 With checkpointer.random_weights=true it trains a model of the shape in config.json from nothing.
 """

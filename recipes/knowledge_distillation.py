@@ -12,6 +12,7 @@ the same however its rows are split into micro-batches.
 
     kdtune run knowledge_distillation --config quickstart
     kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD kd_ratio=1 kd_loss.temperature=2
+    kdtune run --nproc-per-node 8 knowledge_distillation --config llama3_2/8B_to_1B_KD
 
 The teacher must share the student's tokenizer (padding at the end of either vocabulary is fine). Nothing of it is
 trained. The finished student is an ordinary Hugging Face folder, `output_dir/model`.

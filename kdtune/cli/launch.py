@@ -79,8 +79,14 @@ def run(call: recipe.Call, options: list[str]) -> None:
         ValueError: in the settings, or they do not go with the number of processes.
         SystemExit: with the status of the processes, unless that is 0.
     """
+    # torch reads it once. Else it tells with stack traces of C++ how the launcher of another machine has gone.
+    has_chosen = "TORCH_CPP_LOG_LEVEL" in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     cfg = recipe.settings(recipe.load_module(call.recipe), call)
     from kdtune import launching
+
+    if not has_chosen:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # ranks say what they have to
 
     if os.getcwd() not in sys.path:  # so that ranks import what this process does
         os.environ["PYTHONSAFEPATH"] = "1"

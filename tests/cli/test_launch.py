@@ -211,7 +211,7 @@ def test_failures(code: str, status: int, said: str, processes: Callable[..., su
 TRAIN = """
 with Interrupt() as interrupt:
     print("training", flush=True)
-    while not interrupt.received:
+    while not interrupt.has_come():
         time.sleep(0.01)
     time.sleep(rank)
     print("saved", flush=True)
@@ -362,17 +362,42 @@ def wait_for_ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     raise AssertionError("no ranks")
 
 
-@pytest.mark.slow
-def test_two_machines(tiny: Path, tmp_path: Path) -> None:
-    """As two launchers that meet; their two processes take the steps of two on one machine."""
+def start_two_launchers(*command: str) -> list[subprocess.Popen[str]]:
+    """As on two machines, with a process each."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     meet = ["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d"]
-    command = arguments(tiny, tmp_path / "apart", recipe="knowledge_distillation")
-    nodes = [begin("run", *meet, "--rdzv-id=7", "--local-addr=127.0.0.1", *command[1:]) for _ in range(2)]
+    return [begin("run", *meet, "--rdzv-id=7", "--local-addr=127.0.0.1", *command) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_two_machines(tiny: Path, tmp_path: Path) -> None:
+    """They take the steps of two processes on one."""
+    nodes = start_two_launchers(*arguments(tiny, tmp_path / "apart", recipe="knowledge_distillation")[1:])
     ended = [finish(node) for node in nodes]
     assert [(status, err) for status, _, err in ended] == [(0, "")] * 2
     assert sorted("The student is in" in out for _, out, _ in ended) == [False, True]
     assert finish(train(tiny, tmp_path / "together"))[0] == 0
     assert numbers(tmp_path / "apart") == numbers(tmp_path / "together")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_one_machine_of_two_ends_both(number: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    """Told to stop, or one of its processes killed."""
+    settings = ("epochs=60", "save_every_n_steps=1")
+    nodes = start_two_launchers(*arguments(tiny, tmp_path / "run", *settings, recipe="knowledge_distillation")[1:])
+    wait_for_step(tmp_path / "run", nodes[1], 3)
+    (rank,) = psutil.Process(nodes[1].pid).children()
+    (nodes[1] if number == signal.SIGTERM else rank).send_signal(number)
+    ended = [finish(node) for node in nodes]
+    if number == signal.SIGTERM:
+        assert [(status, err) for status, _, err in ended] == [(143, "")] * 2
+        assert sum("SIGTERM: saved" in out for _, out, _ in ended) == 1
+    else:
+        assert [status for status, _, _ in ended] == [1, 137]
+        assert re.match(r"kdtune: error: rank \d lost a process of another machine, whose launcher", ended[0][2])
+        assert re.match(r"kdtune: error: rank \d was killed by SIGKILL", ended[1][2])
+        assert "\n" not in ended[0][2].rstrip("\n")
+    assert newest_step(tmp_path / "run") >= 3
