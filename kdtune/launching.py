@@ -102,9 +102,10 @@ def launch(cfg: Any, options: Sequence[str], command: Sequence[str]) -> int:
         except RendezvousClosedError as error:
             raise ValueError("The launcher of another machine has ended the run: it says why.") from error
         except (RendezvousError, torch.distributed.DistError) as error:
+            reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"The launchers of {args.nnodes} machines did not meet at {config.rdzv_endpoint}: {error} "
-                "Start the same command on each, with the same --rdzv-id and --rdzv-endpoint."
+                f"The launchers of {args.nnodes} machines did not meet at {config.rdzv_endpoint} ({reason}). Start the "
+                "same command on each, with the same --rdzv-id and --rdzv-endpoint, which all can reach."
             ) from error
 
 

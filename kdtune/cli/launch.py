@@ -79,9 +79,9 @@ def run(call: recipe.Call, options: list[str]) -> None:
         ValueError: in the settings, or they do not go with the number of processes.
         SystemExit: with the status of the processes, unless that is 0.
     """
-    # torch reads it once. Else it tells with stack traces of C++ how the launcher of another machine has gone.
+    # torch reads it once. Else stack traces of C++ tell that the launcher of another machine is not there.
     has_chosen = "TORCH_CPP_LOG_LEVEL" in os.environ
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     cfg = recipe.settings(recipe.load_module(call.recipe), call)
     from kdtune import launching
 

@@ -401,3 +401,12 @@ def test_one_machine_of_two_ends_both(number: signal.Signals, tiny: Path, tmp_pa
         assert re.match(r"kdtune: error: rank \d was killed by SIGKILL", ended[1][2])
         assert "\n" not in ended[0][2].rstrip("\n")
     assert newest_step(tmp_path / "run") >= 3
+
+
+@pytest.mark.slow
+def test_the_other_machine_does_not_come(tiny: Path, tmp_path: Path) -> None:
+    command = arguments(tiny, tmp_path / "run", recipe="knowledge_distillation")[1:]
+    meet = ["--nproc-per-node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29871"]
+    status, out, err = finish(begin("run", *meet, "--rdzv-id=7", "--rdzv-conf=join_timeout=2", *command))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"kdtune: error: The launchers of 2 machines did not meet at 127.0.0.1:29871[^\n]*\n", err)
