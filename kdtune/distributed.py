@@ -34,6 +34,7 @@ class ParallelConfig:
 
     data_replicate: int = setting(1, gt=0)  # groups that hold all of the model each; each trains on its own rows
     data_shard: int | None = setting(None, gt=0)  # processes that hold a model together (FSDP); null: all of a group
+    tensor: int = setting(1, gt=0)  # processes that split each layer's products and the vocabulary; they share rows
     reshard_after_forward: bool = True  # gather a layer's weights again in the backward; false: keep them till then
 
 
@@ -154,8 +155,8 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
     Raises:
         ValueError: they do not multiply to it.
     """
-    others = cfg.data_replicate
-    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), 1, 1)
+    others = cfg.data_replicate * cfg.tensor
+    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), 1, cfg.tensor)
     if math.prod(degrees) != size:
         named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(
@@ -171,7 +172,9 @@ def is_shared(cfg: ParallelConfig, size: int) -> bool:
     return math.prod(check_layout(cfg, size)[1:]) > 1
 
 
-def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[Decoder], None] | None:
+def sharding(
+    ranks: Ranks, cfg: ParallelConfig, *, trains: bool, vocab_size: int | None = None
+) -> Callable[[Decoder], None] | None:
     """What spreads a model on `meta` over the ranks, before it is filled; None if each is to hold all of it.
 
     Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277: each rank holds a part of every weight, and gathers a layer's
@@ -181,17 +184,25 @@ def sharding(ranks: Ranks, cfg: ParallelConfig, *, trains: bool) -> Callable[[De
         ranks: the processes.
         cfg: how it is spread, which for a teacher need not be as for the student.
         trains: it has gradients. Without, its layers' weights are let go after each forward.
+        vocab_size: of the student, if this is its teacher (see `tensor_parallel.split`).
     """
     if ranks.mesh is None or not (trains or is_shared(cfg, ranks.size)):
         return None
     degrees, mesh = check_layout(cfg, ranks.size), ranks.mesh
     if degrees != mesh.shape:
         mesh = dist.init_device_mesh(ranks.device.type, degrees, mesh_dim_names=DIMENSIONS)
+    tensor_mesh = mesh["tensor"]
     mesh = mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else mesh["data_shard"]
 
     def shard(model: Decoder) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+        if cfg.tensor > 1:
+            from kdtune.tensor_parallel import split
+
+            split(model, tensor_mesh, vocab_size)
+        if not trains and mesh.size(-1) == 1:
+            return  # nothing to gather, and no gradients to add up
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.head.weight.dtype, torch.float32))
         reshard = cfg.reshard_after_forward or not trains
         units: list[Any] = [*model.model.layers]

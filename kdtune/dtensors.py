@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,14 +25,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
-def rows_of(tensor: Tensor) -> slice:
-    """Which rows this process holds."""
+def held(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of each dimension this process holds."""
     if not is_spread(tensor):
-        return slice(0, len(tensor))
+        return tuple(slice(0, size) for size in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return slice(offsets[0], offsets[0] + shape[0])
+    return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
@@ -45,14 +48,26 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
-def norm_of_whole(norm: Tensor, tensor: Tensor) -> Tensor:
-    """The norm over all parts, from that over the parts of this process, if they lie as `tensor` does."""
-    if not is_spread(tensor):
-        return norm
-    import torch.distributed as dist
+def norm_of_whole(norms: Iterable[Tensor], tensors: Iterable[Tensor]) -> Tensor:
+    """The norm over all parts of all tensors, from the norms of the parts that are here."""
+    by_split: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for norm, tensor in zip(norms, tensors, strict=True):
+        by_split.setdefault(_splits(tensor), []).append(norm)
+    found = []
+    for groups, parts in by_split.items():
+        norm = torch.linalg.vector_norm(torch.stack(parts))
+        if groups:
+            square = norm.square()
+            for group in groups:
+                dist.all_reduce(square, group=group)
+            norm = square.sqrt()
+        found.append(norm)
+    return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
 
-    square = norm.square()
-    for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
-            dist.all_reduce(square, group=tensor.device_mesh.get_group(dimension))
-    return square.sqrt()
+
+def _splits(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes that hold different parts of it. What others hold is the same."""
+    if not is_spread(tensor):
+        return ()
+    mesh = tensor.device_mesh
+    return tuple(mesh.get_group(i) for i, placement in enumerate(tensor.placements) if not placement.is_replicate())

@@ -56,7 +56,7 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)  # [b]
     longest = int(lengths.max())
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=weight.device)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
+    cache = KVCache(longest + max_new_tokens - 1)
     # Not seed + row: the second row of one seed would be the first of the next.
     generators = [np.random.default_rng([seed, first_row + row]) for row in range(len(prompts))]
     stops = torch.tensor(sorted(stop_ids), device=weight.device, dtype=torch.int64)

@@ -86,6 +86,36 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         if is_set:
             cure = cure or "Train in one process"
             raise ValueError(f"{setting} does not go with {ranks.size} processes: {why}. {cure}.")
+    degree = cfg.parallel.tensor
+    if teacher is not None and teacher_parallel.tensor != degree:
+        raise ValueError(
+            f"teacher_parallel.tensor={teacher_parallel.tensor} and parallel.tensor={degree}: both heads are cut at "
+            f"the same entries of the vocabulary. Give teacher_parallel.tensor={degree}."
+        )
+    if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
+        raise ValueError(
+            f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
+            "which each process has a part. Take another divergence, or parallel.data_shard instead."
+        )
+
+
+def check_split(degree: int, model: ModelConfig, role: str) -> None:
+    """Refuse a model of which not every process of a tensor-parallel group would have the same share.
+
+    Args:
+        degree: over how many processes its layers are to be split.
+        model: the architecture.
+        role: student, teacher or model, to name it.
+
+    Raises:
+        ValueError: says what does not divide.
+    """
+    for what, size in (("key heads", model.num_kv_heads), ("columns of its MLP", model.intermediate_size)):
+        if size % degree:
+            raise ValueError(
+                f"parallel.tensor={degree} gives each process as many heads and columns of each layer, and the {role} "
+                f"has {size} {what}. Take a divisor of that, and parallel.data_shard for more processes."
+            )
 
 
 def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:

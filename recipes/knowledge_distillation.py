@@ -231,13 +231,15 @@ def load_teacher(
 ) -> LiveTeacher:
     """The teacher for a student that is spread over the same ranks."""
     place = cfg.teacher.place(ranks.device)
+    vocab_size = models.from_hf_config(cfg.checkpointer.read_config()).vocab_size  # both heads are cut alike
+    parallel = cfg.teacher_parallel or cfg.parallel
     model = checkpoint.load_model(
         cfg.teacher_checkpointer.checkpoint_dir,
         dtype=devices.DTYPES[cfg.teacher.dtype or cfg.dtype],
         device="cpu" if offload else place,
         adapter_dir=cfg.teacher_checkpointer.adapter_dir,
         quantization=quantization,
-        shard=distributed.sharding(ranks, cfg.teacher_parallel or cfg.parallel, trains=False),
+        shard=distributed.sharding(ranks, parallel, trains=False, vocab_size=vocab_size),
     )
     return LiveTeacher(model, student_device=ranks.device, offload_to=place if offload else None)
 
@@ -378,6 +380,7 @@ def check_settings(cfg: Config, device: torch.device) -> None:
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=cfg.teacher.place(device))
     for role, model in (("student", student), ("teacher", teacher)):
         preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
+        preflight.check_split(cfg.parallel.tensor, model, role)
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:

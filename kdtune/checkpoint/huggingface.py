@@ -25,7 +25,7 @@ from kdtune.checkpoint.scaled import (
     with_scales,
 )
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_fp8, read_header, read_into
-from kdtune.dtensors import local, rows_of, whole
+from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
     ModelConfig,
@@ -229,15 +229,20 @@ def load_model(
         return weight
 
     if shard is not None:
+        shapes = parameter_shapes(config)
         shard(model.to(dtype))
         model.to_empty(device=device)
         for name, parameter in model.named_parameters():
-            part, rows = local(parameter.detach()), rows_of(parameter)
+            part = local(parameter.detach())
+            there = [range(size)[of] for size, of in zip(shapes[name], held(parameter), strict=True)]
+            if len(there[0]) < len(part):  # rows of a larger vocabulary
+                part.zero_()
+            part, slices = part[: len(there[0])], tuple(slice(x.start, x.stop) for x in there)
             is_plain = not random_weights and stored_as(name).scale is None
             if is_plain and not (adapter is not None and adapter.changes(_name_in_folder(name, keep_layers))):
-                read_into(stored_as(name).rows(rows.start, rows.stop), part, buffer)
+                read_into(stored_as(name).part(*slices), part, buffer)
             else:
-                part.copy_(fill(name, torch.empty(parameter.shape, dtype=dtype))[rows])
+                part.copy_(fill(name, torch.empty(shapes[name], dtype=dtype))[slices])
         return model
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)

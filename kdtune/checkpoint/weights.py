@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from io import FileIO
+from io import SEEK_CUR, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,24 @@ class StoredTensor:
     scale: StoredTensor | None = None  # of a quantised weight: what its numbers are multiplied by
     zero_point: StoredTensor | None = None  # what is subtracted from them before
     block: tuple[int, int] = (1, 1)  # rows and columns that share both
+    row_pitch: int | None = None  # bytes from the start of a row to that of the next; None: without gaps
 
-    def rows(self, begin: int, end: int) -> StoredTensor:
-        """A part of it, of a tensor without a scale."""
+    def part(self, rows: slice, columns: slice | None = None) -> StoredTensor:
+        """Some rows, or of a matrix some columns of them; of a tensor without a scale."""
         assert self.scale is None
         row = self.size // self.shape[0]
+        here = replace(
+            self,
+            shape=(rows.stop - rows.start, *self.shape[1:]),
+            start=self.start + rows.start * row,
+            size=(rows.stop - rows.start) * row,
+        )
+        if columns is None or columns == slice(0, self.shape[1]):
+            return here
+        item, width = row // self.shape[1], columns.stop - columns.start
+        shape = (here.shape[0], width)
         return replace(
-            self, shape=(end - begin, *self.shape[1:]), start=self.start + begin * row, size=(end - begin) * row
+            here, shape=shape, start=here.start + columns.start * item, size=shape[0] * width * item, row_pitch=row
         )
 
     @property
@@ -109,13 +120,20 @@ def read_into(stored: StoredTensor, target: Tensor, buffer: Tensor) -> None:
     flat = target.view(-1)
     bits = PACKED.get(stored.dtype) or 8 * (DTYPES | CODES)[stored.dtype].itemsize
     per_piece = 8 * len(buffer) // bits
+    row = stored.size if stored.row_pitch is None else stored.size // stored.shape[0]  # bytes without a gap
+    if stored.row_pitch is not None:
+        per_piece -= per_piece % stored.shape[1]
+        assert per_piece, "a row is larger than the buffer"
     assert 8 * stored.size == bits * math.prod(stored.shape) == bits * flat.numel()
     with stored.file.open("rb", buffering=0) as stream:
         stream.seek(stored.start)
         for begin in range(0, flat.numel(), per_piece):
             count = min(per_piece, flat.numel() - begin)
             piece = buffer[: count * bits // 8]
-            _read_exactly(stream, piece.numpy().data, stored.file)
+            for line in piece.split(row):
+                _read_exactly(stream, line.numpy().data, stored.file)
+                if stored.row_pitch is not None:
+                    stream.seek(stored.row_pitch - row, SEEK_CUR)
             flat[begin : begin + count].copy_(_numbers(piece, stored.dtype))
     if stored.scale is not None:
         scale, zero_point = _read_scale(stored, stored.scale, target.device, buffer), None

@@ -116,7 +116,8 @@ def distillation_loss(
         chunk_size: labelled tokens whose logits exist at one time; None: `default_chunk_size`.
         compile: fuse the element-wise part with torch.compile; on the CPU that needs a C++ compiler.
         with_metrics: also compute the entropies, `teacher_ce` and `agreement` from the same logits.
-        vocabulary: how the ranks of a tensor-parallel group split it; None: the heads are whole.
+        vocabulary: how the ranks of a tensor-parallel group split it; None: as the teacher's head says, or without one
+            the student's, in an attribute `vocabulary`; if it has none, the heads are whole.
 
     Returns:
         A `Loss`. Without any labelled token here all values are 0 and `total` still has a graph.
@@ -124,6 +125,8 @@ def distillation_loss(
     Raises:
         ValueError: a setting out of its range, or that these targets cannot serve.
     """
+    if vocabulary is None:
+        vocabulary = getattr(targets.head if isinstance(targets, Targets) else head, "vocabulary", None)
     student = Projection(hidden, head)
     teacher = Projection(targets.hidden, targets.head) if isinstance(targets, Targets) else targets
     vocab_size, teacher_vocab_size = student.vocab_size, None if teacher is None else teacher.vocab_size

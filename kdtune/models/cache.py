@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtune.models.config import ModelConfig
-
 
 class KVCache:
     """Keys and values by layer and row; a token's slot is its position, so rows of uneven length need no left padding.
@@ -15,12 +13,11 @@ class KVCache:
     arrives at that position, and is never seen before. Later forwards must say the positions of their tokens.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch_size: int, max_seq_len: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (batch_size, max_seq_len, config.num_kv_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+    def __init__(self, max_seq_len: int) -> None:
+        self._slots = max_seq_len
+        # [b, slots, h, n] of each layer, made when its first keys come: the heads that are here, wherever they are.
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.length = 0  # slots in use by the longest row
         self._positions: Tensor | None = None
 
@@ -33,6 +30,9 @@ class KVCache:
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep [b, h, s, n] of one layer and return all that its queries may look at, [b, h, slots, n]."""
         if self._positions is None:
+            b, h, _, n = keys.shape
+            self.keys.append(keys.new_zeros(b, self._slots, h, n))
+            self.values.append(values.new_zeros(b, self._slots, h, n))
             self.keys[layer][:, : self.length] = keys.transpose(1, 2)
             self.values[layer][:, : self.length] = values.transpose(1, 2)
             return keys, values

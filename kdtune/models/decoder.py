@@ -41,8 +41,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, (x.size(-1),), eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `RMSNorm` says, over the last dimension."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * F.rms_norm(wide, (x.size(-1),), eps=eps).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kdtune.dtensors import is_spread, like, local, norm_of_whole, rows_of
+from kdtune.dtensors import held, is_spread, like, local, norm_of_whole
 from kdtune.optim import moments
 from kdtune.optim.rounding import join, round_stochastically, split, widen
 
@@ -86,9 +86,9 @@ class AdamW(torch.optim.Optimizer):
         """
         waiting = [parameter for parameter in self._groups if parameter.grad is not None]
         norms = {self._index[p]: _norm(local(p.grad)) for p in waiting if p.grad is not None} or self._norms
-        norm = torch.linalg.vector_norm(torch.stack([norms[index] for index in sorted(norms)]))
         self._norms = {}
-        norm = norm_of_whole(norm, next(iter(self._groups)))
+        found = {parameter: norms[index] for parameter, index in self._index.items() if index in norms}
+        norm = norm_of_whole(found.values(), found)
         if max_norm is not None and waiting:
             share = (max_norm / (norm + 1e-6)).clamp(max=1)  # as in torch.nn.utils.clip_grads_with_norm_
             torch._foreach_mul_([local(parameter.grad) for parameter in waiting], share)
@@ -141,7 +141,7 @@ class AdamW(torch.optim.Optimizer):
     @staticmethod
     def _held(parameter: Tensor, saved: Tensor) -> Tensor:
         """The part of a saved tensor that belongs to the part of the parameter that is here."""
-        return local(saved) if is_spread(saved) else saved.view(parameter.shape)[rows_of(parameter)]
+        return local(saved) if is_spread(saved) else saved.view(parameter.shape)[held(parameter)]
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdtune import checkpoint, data, distributed, losses, optim
+from kdtune.checkpoint.state import Run
 from kdtune.data.batch import without_labels
 from kdtune.distributed import ParallelConfig
+from kdtune.dtensors import is_spread
 from kdtune.teacher import LiveTeacher
 
+STEPS = 3
 LENGTHS = (5, 31, 2, 17, 9, 24, 3, 11, 30, 7, 13)  # of the rows of a step, which differ much
 
 
-def rows(step: int) -> list[data.Batch]:
+def rows(step: int, lengths: Sequence[int] = LENGTHS) -> list[data.Batch]:
     """Micro-batches of two rows, each of one length, with a prompt that is not scored."""
     generator = torch.Generator().manual_seed(step)
     made = []
-    for length in LENGTHS:
+    for length in lengths:
         tokens, labels = (torch.randint(97, (2, length), generator=generator) for _ in range(2))
         labels[:, : length // 3] = data.IGNORE
         made.append(data.Batch(tokens, labels, torch.arange(length).expand(2, length)))
@@ -32,14 +37,16 @@ class Training:
     def __init__(self, models: Path, parallel: ParallelConfig, start: Path | None = None, **settings: Any) -> None:
         self.ranks = distributed.join(parallel, "cpu")
         load = {"dtype": torch.float64, "device": self.ranks.device}
-        shard, shard_teacher = (distributed.sharding(self.ranks, parallel, trains=trains) for trains in (True, False))
+        shard = distributed.sharding(self.ranks, parallel, trains=True)
         self.student = checkpoint.load_model(start or models / "student", **load, shard=shard)
+        size = self.student.config.vocab_size
+        shard_teacher = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
         self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, **settings))
 
-    def step(self, number: int) -> list[float]:
+    def step(self, number: int, lengths: Sequence[int] = LENGTHS) -> list[float]:
         """Loss and gradient norm."""
-        micro_batches = rows(number)
+        micro_batches = rows(number, lengths)
         num_tokens = data.count_labels(micro_batches)
         mine = micro_batches[self.ranks.data_rank :: self.ranks.num_data_ranks]
         most = -(-len(micro_batches) // self.ranks.num_data_ranks)
@@ -57,3 +64,36 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return [*self.ranks.all_sum(total[None]), norm.item()]
+
+
+def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Sequence[int] = LENGTHS) -> list[list[float]]:
+    """Steps, after the first a checkpoint, at the end the model."""
+    training = Training(models, parallel)
+    writer = save(training, models)
+    run = Run(folder, None, writer, training.ranks, optimizer=training.optimizer)
+    numbers = []
+    for run.step in range(1, STEPS + 1):
+        numbers.append(training.step(run.step, lengths))
+        if run.step == 1:
+            shutil.copytree(run.save(), folder / "kept") if training.ranks.is_first else run.save()
+    with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
+        training.student.hidden(torch.arange(4)[None])
+    run.finish(writer)
+    if training.ranks.size > 1:
+        assert all(is_spread(parameter) for parameter in training.student.parameters()), "what is saved has its rest"
+    return numbers
+
+
+def resume(
+    models: Path, parallel: ParallelConfig, start: Path, folder: Path, lengths: Sequence[int] = LENGTHS
+) -> list[list[float]]:
+    """The steps after a checkpoint."""
+    training = Training(models, parallel, start=start)
+    run = Run(folder, start, save(training, models), training.ranks, optimizer=training.optimizer)
+    return [training.step(step, lengths) for step in range(run.step + 1, STEPS + 1)]
+
+
+def save(training: Training, models: Path) -> Callable[[Path], None]:
+    config = checkpoint.read_config(models / "student")
+    rank = {"rank": training.ranks.rank, "num_ranks": training.ranks.size}
+    return lambda folder: checkpoint.save_model(training.student, folder, config=config, **rank)

@@ -13,19 +13,27 @@ import torch
 from kdtune import checkpoint, distributed
 from kdtune.distributed import Ranks
 
-RECIPES = {"knowledge_distillation": tiny_runs.distil, "finetune": tiny_runs.finetune}
 # Each process has a whole teacher, which may be quantised then; of the student it has a part.
 WHOLE_TEACHER = ["teacher_parallel.data_replicate=2", "teacher_parallel.data_shard=1"]
-OF_ONE = {"knowledge_distillation": ["teacher.quantization=int8"], "finetune": []}
+TWO_AT_A_TIME = ["gradient_accumulation_steps=1"]
+RUNS = {  # what is run, settings of two processes, and those of one as well
+    "knowledge_distillation": (tiny_runs.distil, [*TWO_AT_A_TIME, *WHOLE_TEACHER], ["teacher.quantization=int8"]),
+    "finetune": (tiny_runs.finetune, TWO_AT_A_TIME, []),
+    "tensor_parallel": (
+        tiny_runs.distil,
+        ["parallel.tensor=2"],
+        ["checkpointer.checkpoint_dir={}/student", "teacher_checkpointer.checkpoint_dir={}/teacher"],
+    ),
+}
+TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
 
 def work(tiny: Path, folder: Path) -> None:
     port = int(os.environ["MASTER_PORT"])
-    for number, (name, recipe) in enumerate(RECIPES.items()):
+    for number, (name, (recipe, of_two, of_both)) in enumerate(RUNS.items()):
         os.environ["MASTER_PORT"] = str(port + number)  # each run meets anew
-        settings = [*HALVES, *OF_ONE[name], *tiny_runs.validated_on(tiny), "gradient_accumulation_steps=1"]
-        settings += WHOLE_TEACHER * (name == "knowledge_distillation")
+        settings = [*HALVES, *(setting.format(folder) for setting in of_both), *of_two, *tiny_runs.validated_on(tiny)]
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
         os.environ["MASTER_PORT"] = str(port + number + 10)
         recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
@@ -34,13 +42,17 @@ def work(tiny: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
+    tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
+    tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
     ranks.run(2, work, folder, tiny, folder)
     return folder
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: Path) -> None:
-    alone = RECIPES[name](tiny, tmp_path / "alone", *HALVES, *OF_ONE[name], *tiny_runs.validated_on(tiny))
+    recipe, _, of_both = RUNS[name]
+    settings = [setting.format(in_two) for setting in of_both]
+    alone = recipe(tiny, tmp_path / "alone", *HALVES, *settings, *tiny_runs.validated_on(tiny))
     found, expected = (tiny_runs.numbers(run) for run in (in_two / name, alone))
     validated_on_stopping = [line for line in found if line["step"] == 4 and "loss" not in line]
     assert validated_on_stopping, "the run that ended after four steps"
@@ -65,6 +77,9 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
         (["parallel.data_replicate=3"], "parallel.data_replicate=3 times parallel.data_shard=1"),
         (["teacher_parallel.data_shard=4"], "teacher_parallel.data_shard=4"),
         (["lora.rank=2"], "lora does not go with 2 processes"),
+        (["parallel.tensor=2"], "the student has 1 key heads"),
+        (["parallel.tensor=2", "kd_loss.name=adaptive_kl"], "sorts whole distributions"),
+        (["parallel.tensor=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.tensor=2"),
         (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
     ],
 )

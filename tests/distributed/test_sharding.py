@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import LENGTHS, Training
+from steps import LENGTHS, Training, resume, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
-from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig
-from kdtune.dtensors import is_spread
 from kdtune.models import from_hf_config, parameter_shapes
 
-STEPS = 3
 LAYOUTS = {  # by number of processes
     2: {"sharded": ParallelConfig(), "kept": ParallelConfig(reshard_after_forward=False)},
     4: {"sharded": ParallelConfig(), "hybrid": ParallelConfig(data_replicate=2)},
@@ -35,31 +31,6 @@ def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     oracle("qwen3", tie_word_embeddings=True).save_pretrained(folder / "student")
     oracle("llama", hidden_size=128, num_key_value_heads=1).save_pretrained(folder / "teacher")
     return folder
-
-
-def train(models: Path, parallel: ParallelConfig, folder: Path) -> list[list[float]]:
-    """Steps, after the first a checkpoint, at the end the model."""
-    training = Training(models, parallel)
-    writer = save(training, models)
-    run = Run(folder, None, writer, training.ranks, optimizer=training.optimizer)
-    numbers = []
-    for run.step in range(1, STEPS + 1):
-        numbers.append(training.step(run.step))
-        if run.step == 1:
-            shutil.copytree(run.save(), folder / "kept") if training.ranks.is_first else run.save()
-    with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
-        training.student.hidden(torch.arange(4)[None])
-    run.finish(writer)
-    if training.ranks.size > 1:
-        assert all(is_spread(parameter) for parameter in training.student.parameters()), "what is saved has its rest"
-    return numbers
-
-
-def resume(models: Path, parallel: ParallelConfig, start: Path, folder: Path) -> list[list[float]]:
-    """The steps after a checkpoint."""
-    training = Training(models, parallel, start=start)
-    run = Run(folder, start, save(training, models), training.ranks, optimizer=training.optimizer)
-    return [training.step(step) for step in range(run.step + 1, STEPS + 1)]
 
 
 def most_bytes_read(models: Path) -> float:
@@ -96,12 +67,6 @@ def traffic(models: Path, parallel: ParallelConfig) -> list[int]:
     with Traffic() as traffic:
         training.step(2)
     return [traffic.gathered, traffic.scattered]
-
-
-def save(training: Training, models: Path) -> Callable[[Path], None]:
-    config = checkpoint.read_config(models / "student")
-    rank = {"rank": training.ranks.rank, "num_ranks": training.ranks.size}
-    return lambda folder: checkpoint.save_model(training.student, folder, config=config, **rank)
 
 
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_cached_decoding_equals_full_forward(variant: str, hf_folder: Callable[.
     tokens = torch.zeros(3, max(prompts), dtype=torch.int64)
     for index, (row, length) in enumerate(zip(rows, prompts, strict=True)):
         tokens[index, :length] = row[:length]
-    cache = KVCache(model.config, 3, 20, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(20)
     model(tokens, cache=cache)
     for chunk in (1, 1, 2, 1):  # several tokens at once too
         offset = cache.length - max(prompts)
