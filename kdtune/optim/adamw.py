@@ -227,7 +227,7 @@ class _Copies(NamedTuple):
 
 
 def blocks(tensors: list[Tensor], size: int) -> Iterable[tuple[Tensor, ...]]:
-    """`size` values of the first tensor at a time, and the same part of the others. A plan takes the first of them."""
+    """`size` values of the first tensor at a time, and the same part of the others. A plan takes the first two."""
     pieces = [tensor.split(size * tensor.numel() // tensors[0].numel()) for tensor in tensors]
     return zip(*pieces, strict=True)
 

@@ -44,12 +44,12 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
         shares.append(sum(map(len, chunks)) / len(scored))
         return chunks
 
-    def first_block(tensors: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-        return itertools.islice(blocks(tensors, size), 1)
+    def first_blocks(tensors: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+        return itertools.islice(blocks(tensors, size), 2)  # while the second is made, the first is still held
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunked, "chunks", first_chunks))
-        stack.enter_context(_replaced(adamw, "blocks", first_block))
+        stack.enter_context(_replaced(adamw, "blocks", first_blocks))
         stack.enter_context(_replaced(quantization, "quantize", _once_for_each_shape(quantization.quantize)))
         # What is kept from one step to the next has no data either, and must not outlive the plan.
         stack.enter_context(_replaced(moments, "table", functools.cache(moments.table.__wrapped__)))

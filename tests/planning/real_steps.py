@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdtune import checkpoint, config, data
 from kdtune.cli import catalog
@@ -17,6 +17,7 @@ from kdtune.distributed import ALONE
 from kdtune.documents import Documents
 from kdtune.optim import moments
 from kdtune.planning import Peak, Plan, Tracker, plan
+from kdtune.planning.tracker import plain_tensors
 
 KD, FINETUNE = "knowledge_distillation", "finetune"
 STUDENT = {
@@ -111,8 +112,10 @@ def recorded(name: str, cfg: Any) -> int:
     step(name, cfg, built)
     *models, optimizer = built
     modules = [model if isinstance(model, nn.Module) else model.model for model in models]
-    tensors = [parameter for module in modules for parameter in module.parameters()]
-    tensors += [tensor for state in optimizer.state.values() for tensor in state.values()]
+    tensors = [part for module in modules for parameter in module.parameters() for part in plain_tensors(parameter)]
+    tensors += [kept for state in optimizer.state.values() for kept in state.values() if isinstance(kept, Tensor)]
+    if bits := {"adamw_8bit": 8, "adamw_4bit": 4}.get(cfg.optimizer.name):
+        tensors += [part for signed in (True, False) for part in moments.table(bits, signed, torch.device("cpu"))]
     before = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(name, cfg, built)
