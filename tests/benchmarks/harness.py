@@ -130,6 +130,18 @@ class Meter:
             torch.accelerator.synchronize(self._device)
 
 
+def most_allocated(call: Callable[[], object]) -> int:
+    """The bytes by which a call raises what torch's allocator of the CPU has given out, at most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def load_compiler() -> None:
     """Take what torch.compile needs for itself, some 200 MiB for the life of the process, before memory is counted."""
     torch.compile(torch.neg)(torch.zeros(2))

@@ -115,14 +115,7 @@ def peak_tensor_bytes(step: Callable[[], Any], device: torch.device) -> int:
     found = (one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter))
     tensors = [one for one in found if not is_wrapper(one) and one.is_cpu]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return sum(storages.values()) + peak
+    return sum(storages.values()) + harness.most_allocated(step)
 
 
 def variant(title: str, make_step: Callable[[argparse.Namespace], Callable[[], float]]) -> Variant:

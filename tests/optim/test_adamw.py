@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import most_allocated
 from torch import Tensor, nn
 
 from kdtune import optim
@@ -391,14 +392,7 @@ def peak(model: nn.Module, in_backward: bool) -> int:
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = most = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return most_allocated(step)
 
 
 def test_gradients_are_gone_at_once() -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from harness import most_allocated
 from torch import Tensor, nn
 
 from kdtune import checkpoint, config, data
@@ -117,11 +118,4 @@ def recorded(name: str, cfg: Any) -> int:
     if bits := {"adamw_8bit": 8, "adamw_4bit": 4}.get(cfg.optimizer.name):
         tensors += [part for signed in (True, False) for part in moments.table(bits, signed, torch.device("cpu"))]
     before = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(name, cfg, built)
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return sum(before.values()) + peak
+    return sum(before.values()) + most_allocated(lambda: step(name, cfg, built))
