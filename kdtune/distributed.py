@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # Of the mesh, slowest first: neighbours, between whom most crosses, split the products of one layer.
-DIMENSIONS = ("data_replicate", "data_shard", "context", "tensor")
+DIMENSIONS = ("data_replicate", "data_shard", "tensor")
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
 
@@ -156,7 +156,7 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
         ValueError: they do not multiply to it.
     """
     others = cfg.data_replicate * cfg.tensor
-    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), 1, cfg.tensor)
+    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), cfg.tensor)
     if math.prod(degrees) != size:
         named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(
