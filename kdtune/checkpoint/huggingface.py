@@ -24,7 +24,8 @@ from kdtune.checkpoint.scaled import (
     refusal,
     with_scales,
 )
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_fp8, read_header, read_into
+from kdtune.checkpoint.source import Source
+from kdtune.checkpoint.weights import DTYPES, StoredTensor, has_data, read_header
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
@@ -36,7 +37,6 @@ from kdtune.models import (
     parameter_shapes,
     quantize_linear,
     quantized_shapes,
-    stored_fp8,
     trained_parameters,
 )
 from kdtune.tokenizers import ChatTemplate
@@ -205,49 +205,23 @@ def load_model(
     is_filled = has_data(torch.empty(0, device=device))
     stored = {} if random_weights or not is_filled else check_files(folder, whole)
     quantized = quantized_shapes(config) if quantization else {}
-    generator = torch.Generator().manual_seed(seed)
-    buffer = torch.empty(PIECE, dtype=torch.uint8)
+    source = Source(stored, adapter, keep_layers, config.initializer_range, torch.Generator().manual_seed(seed))
     with torch.device("meta"):
         model = Decoder(config)
-
-    def stored_as(name: str) -> StoredTensor:
-        original = _name_in_folder(name, keep_layers)
-        return stored[original if original in stored else "model.embed_tokens.weight"]  # a head that was tied
-
-    def fill(name: str, weight: Tensor) -> Tensor:
-        original = _name_in_folder(name, keep_layers)
-        if random_weights:
-            _draw(name, weight, config.initializer_range, generator)
-        elif adapter is not None and adapter.changes(original):
-            adapter.read_merged(original, stored_as(name), weight, buffer)
-        elif quantization == "fp8" and name in quantized and stored_as(name).is_fp8:
-            return stored_fp8(*read_fp8(stored_as(name), weight.device, buffer), dtype)
-        else:
-            read_into(stored_as(name), weight, buffer)
-        if name in quantized and not weight.isfinite().all():
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite, which rounding could hide.")
-        return weight
-
     if shard is not None:
-        shapes = parameter_shapes(config)
         shard(model.to(dtype))
         model.to_empty(device=device)
         for name, parameter in model.named_parameters():
-            part = local(parameter.detach())
-            there = [range(size)[of] for size, of in zip(shapes[name], held(parameter), strict=True)]
-            if len(there[0]) < len(part):  # rows of a larger vocabulary
-                part.zero_()
-            part, slices = part[: len(there[0])], tuple(slice(x.start, x.stop) for x in there)
-            is_plain = not random_weights and stored_as(name).scale is None
-            if is_plain and not (adapter is not None and adapter.changes(_name_in_folder(name, keep_layers))):
-                read_into(stored_as(name).part(*slices), part, buffer)
-            else:
-                part.copy_(fill(name, torch.empty(shapes[name], dtype=dtype))[slices])
+            source.fill_part(name, local(parameter.detach()), held(parameter), parameter_shapes(config)[name])
         return model
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if is_filled:
-            weight = fill(name, weight)
+        if quantization == "fp8" and name in quantized and is_filled and source.is_fp8(name):
+            weight = source.fp8(name, weight)
+        elif is_filled:
+            source.fill(name, weight)
+            if name in quantized and not weight.isfinite().all():
+                raise ValueError(f"{folder}: {name} holds numbers that are not finite, which rounding could hide.")
         if quantization is not None and name in quantized:
             quantize_linear(model, name.removesuffix(".weight"), weight, quantization)
             del weight
@@ -293,8 +267,6 @@ def save_model(
     Raises:
         FloatingPointError: a weight is not a number. Nothing could be done with such a folder.
     """
-    from safetensors.torch import save_file
-
     assert from_hf_config(config) == model.config, "config describes another model"
     for module in model.modules():
         if reshard := getattr(module, "reshard", None):  # of FSDP; a forward without a backward left weights gathered
@@ -310,7 +282,6 @@ def save_model(
             f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before is "
             "untouched. Resume from there with a lower learning rate."
         )
-    shapes = parameter_shapes(model.config)
     quantized = {} if qat is None else quantized_shapes(model.config)
     dtype = dtype or model.head.weight.dtype
     is_wider = dtype.itemsize > model.head.weight.dtype.itemsize
@@ -322,24 +293,40 @@ def save_model(
     if rank == 0:
         _write_json(folder / "config.json", config)
 
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    def stored(name: str, is_written: bool) -> dict[str, Tensor]:
+        weight = whole(merged(model, name, master if is_wider else Tensor.detach))
+        if not is_written:
+            weight = weight.to("meta")
+        if qat is not None and name in quantized:
+            return compressed_parts(name, weight, qat, dtype)
+        return {name: weight.to("cpu" if is_written else "meta", dtype).contiguous()}
+
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(model.config).items()}
     shards = _split(sizes, min(max_shard_size, -(-sum(sizes.values()) // num_ranks)))
+    _write_weights(folder, shards, stored, rank, num_ranks)
+
+
+def _write_weights(
+    folder: Path,
+    shards: Sequence[Sequence[str]],
+    stored: Callable[[str, bool], dict[str, Tensor]],
+    rank: int,
+    num_ranks: int,
+) -> None:
+    """A file for each shard, and an index of several. `stored` makes the tensors of a weight, on `meta` if told so."""
+    from safetensors.torch import save_file
+
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, (file_name, shard) in enumerate(zip(names, shards, strict=True)):
+        is_written = number % num_ranks == rank
         tensors: dict[str, Tensor] = {}
         for name in shard:
-            weight = whole(merged(model, name, master if is_wider else Tensor.detach))
-            if number % num_ranks != rank:
-                weight = weight.to("meta")
-            if qat is not None and name in quantized:
-                tensors |= compressed_parts(name, weight, qat, dtype)
-            else:
-                tensors[name] = (weight if weight.is_meta else weight.cpu()).to(dtype).contiguous()
-        if number % num_ranks == rank:
+            tensors |= stored(name, is_written)
+        if is_written:
             save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
             # safetensors 0.8 lets nobody but the owner read.
             shutil.copymode(folder / "config.json", folder / file_name)
@@ -419,24 +406,6 @@ def _weight_files(folder: Path) -> list[Path]:
             "Download the missing ones again."
         )
     return [folder / name for name in names]
-
-
-def _name_in_folder(name: str, keep_layers: Sequence[int] | None) -> str:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    if keep_layers is None or match is None:
-        return name
-    return f"model.layers.{keep_layers[int(match[1])]}.{name[match.end() :]}"
-
-
-def _draw(name: str, weight: Tensor, standard_deviation: float, generator: torch.Generator) -> None:
-    if name.endswith(".bias"):
-        weight.zero_()
-    elif weight.dim() == 1:  # of a norm
-        weight.fill_(1)
-    else:
-        # In float32 on the CPU whatever the target, so that every dtype and device starts from the same numbers.
-        for piece in weight.view(-1).split(PIECE // 4):
-            piece.copy_(torch.empty(piece.shape).normal_(0.0, standard_deviation, generator=generator))
 
 
 def _assign(model: nn.Module, name: str, weight: Tensor) -> None:

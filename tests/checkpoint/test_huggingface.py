@@ -18,7 +18,6 @@ from kdtune.checkpoint import (
     StartCheckpointerConfig,
     check_files,
     check_start,
-    huggingface,
     load_model,
     read_companions,
     read_config,
@@ -357,7 +356,7 @@ def test_quantised_tensor(hf_folder: Callable[..., Path]) -> None:
 
 def test_checking_reads_headers_only(hf_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hf_folder("llama")
-    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", None)
     stored = check_files(folder, from_hf_config(read_config(folder)))
     assert len(stored) == 30
 
@@ -453,7 +452,7 @@ def test_quantising_never_holds_the_model(hf_folder: Callable[..., Path], monkey
             most = max(most, len(alive))
         read_into(stored, target, buffer)
 
-    monkeypatch.setattr(huggingface, "read_into", watch)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", watch)
     folder = hf_folder("llama")
     gc.collect()
     model = load(folder, quantization="int8")

@@ -551,7 +551,7 @@ def test_a_signal_between_two_looks_is_not_lost(
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads a weight fails."""
-    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", None)
 
 
 @pytest.mark.usefixtures("no_weights")

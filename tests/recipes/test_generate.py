@@ -114,7 +114,7 @@ def test_refusals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", None)
     Path("empty.txt").touch()
     with pytest.raises(SystemExit) as end:
         generate(*overrides)
@@ -140,7 +140,7 @@ def test_a_prompt_without_tokens(
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
     (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
-    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", None)
     arguments = [f"checkpointer.checkpoint_dir={folder}", f"prompts_file={tmp_path / 'prompts.txt'}"]
     with pytest.raises(SystemExit):
         main(["run", "generate", *arguments, "device=cpu", "max_new_tokens=8"])

@@ -181,7 +181,7 @@ def test_a_pair_that_does_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     teacher = pair(**differs)
-    monkeypatch.setattr("kdtune.checkpoint.huggingface.read_into", None)
+    monkeypatch.setattr("kdtune.checkpoint.source.read_into", None)
     with pytest.raises(SystemExit) as end:
         distil(tiny, tmp_path / "run", taught_by(teacher))
     assert end.value.code == 2
