@@ -44,6 +44,8 @@ def parse(parser: Parser, argv: Sequence[str]) -> Call | None:
         return None
     if not rest or rest[0].startswith("-"):
         what = f"{rest[0]} is no option of {parser.prog}, and no recipe is named" if rest else "no recipe is named"
+        if rest and (near := parser.nearest_option(rest[0])):
+            raise ValueError(f"{what}. Did you mean {near}?")
         raise ValueError(f"{what}: {parser.prog} {USAGE}. `kdtune ls` lists the recipes.")
     recipe = catalog.find_recipe(rest[0])
     if len(options.config or []) > 1:

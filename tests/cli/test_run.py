@@ -48,6 +48,7 @@ def test_dry_run_only_checks(shipped: Path, kdtune: Run) -> None:
         ([], "no recipe is named"),
         (["--config", "tiny"], "no recipe is named"),
         (["--gpus", "2", "distil"], "--gpus is no option of kdtune run"),
+        (["--nproc-per-nod", "2", "distil"], "no recipe is named. Did you mean --nproc-per-node?"),
         (["distill"], "Did you mean distil?"),
         (["distil", "--config"], "argument --config: expected one argument"),
         (["distil", "--config", "tinny"], "Did you mean tiny?"),
