@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from kdtune import devices
 from kdtune.config import setting
+from kdtune.data import Share
 from kdtune.models import Decoder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # Of the mesh, slowest first: neighbours, between whom most crosses, split the products of one layer.
-DIMENSIONS = ("data_replicate", "data_shard", "tensor")
+DIMENSIONS = ("data_replicate", "data_shard", "context", "tensor")
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
 
@@ -34,6 +35,7 @@ class ParallelConfig:
 
     data_replicate: int = setting(1, gt=0)  # groups that hold all of the model each; each trains on its own rows
     data_shard: int | None = setting(None, gt=0)  # processes that hold a model together (FSDP); null: all of a group
+    context: int = setting(1, gt=0)  # processes that split each row's positions
     tensor: int = setting(1, gt=0)  # processes that split each layer's products and the vocabulary; they share rows
     reshard_after_forward: bool = True  # gather a layer's weights again in the backward; false: keep them till then
 
@@ -68,6 +70,13 @@ class Ranks:
     def data_rank(self) -> int:
         """Which of them this one is, or belongs to."""
         return self.rank * self.num_data_ranks // self.size
+
+    @property
+    def share(self) -> Share:
+        """What this one gets of the rows of a step."""
+        if self.mesh is None:
+            return Share()
+        return Share(self.data_rank, self.num_data_ranks, self.mesh.get_local_rank("context"), self.mesh.size(2))
 
     @property
     def folder(self) -> str:
@@ -155,8 +164,8 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
     Raises:
         ValueError: they do not multiply to it.
     """
-    others = cfg.data_replicate * cfg.tensor
-    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), cfg.tensor)
+    others = cfg.data_replicate * cfg.context * cfg.tensor
+    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), cfg.context, cfg.tensor)
     if math.prod(degrees) != size:
         named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(

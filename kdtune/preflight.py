@@ -78,6 +78,7 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     for setting, is_set, why, cure in (
         ("lora", cfg.lora, "an adapter is made beside weights that are whole", ""),
         ("qat", cfg.qat, "weights are rounded in groups, which would be cut", ""),
+        ("parallel.context", cfg.parallel.context > 1, "rows are cut, and models do not know", ""),
         ("optimizer_in_bwd", cfg.optimizer_in_bwd, "a gradient is not yet that of all processes", "Leave it out"),
         ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
         ("teacher.offload", is_cut and teacher.offload, "layers are gathered from other processes instead", whole),

@@ -329,7 +329,7 @@ def load_data(
     Args:
         vocab_size: ids that the model has; None: as many as the tokenizer.
     """
-    return data.load_run(cfg, tokenizer, vocab_size, ranks.data_rank, ranks.num_data_ranks)
+    return data.load_run(cfg, tokenizer, vocab_size, ranks.share)
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, batch: data.Batch, num_tokens: int) -> losses.Loss:

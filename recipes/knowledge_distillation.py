@@ -399,7 +399,7 @@ def load_data(
     Args:
         vocab_size: ids that the models have; None: as many as the tokenizer.
     """
-    return data.load_run(cfg, tokenizer, vocab_size, ranks.data_rank, ranks.num_data_ranks)
+    return data.load_run(cfg, tokenizer, vocab_size, ranks.share)
 
 
 def objective(
@@ -481,14 +481,14 @@ def ask_full_teacher(cfg: Config, inputs: Inputs) -> Tensor:
     is_on_host = cfg.teacher.place(inputs.ranks.device).type == "cpu"
     # Quantised, the teacher may fit where the full one does not.
     teacher = load_teacher(cfg, inputs.ranks, quantization=None, offload=not is_on_host)
-    return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size))).hidden
+    return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))).hidden
 
 
 def prove_teacher(
     cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher, full_hidden: Tensor | None
 ) -> None:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
-    first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size))
+    first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))
     num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
     if full_hidden is not None:
         found = teacher.compare(full_hidden, first_batch, cfg.loss_chunk_size)

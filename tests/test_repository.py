@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "data": {"config", "devices", "documents", "tokenizers"},
     "teacher": {"config", "data", "devices", "dtensors", "losses", "models"},
     "checkpoint": {"config", "distributed", "dtensors", "models", "tokenizers"},
-    "distributed": {"config", "devices", "models", "tensor_parallel"},
+    "distributed": {"config", "data", "devices", "models", "tensor_parallel"},
     "tensor_parallel": {"dtensors", "losses", "models"},
     "dtensors": set[str](),
     "generation": {"config", "documents", "models", "tokenizers"},

@@ -6,7 +6,7 @@ and resumable; `Stream` and `StreamLoader` do so with rows too many to look at f
 nowhere else: the label at position i is the token at i + 1, or IGNORE.
 """
 
-from kdtune.data.batch import IGNORE, Batch, collate, collate_packed, count_labels
+from kdtune.data.batch import IGNORE, Batch, Share, collate, collate_packed, count_labels
 from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
@@ -22,6 +22,7 @@ __all__ = [
     "Examples",
     "Loader",
     "RunData",
+    "Share",
     "Stream",
     "StreamLoader",
     "ValBatches",

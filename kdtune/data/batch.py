@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune import devices
@@ -19,10 +20,10 @@ class Batch:
     """Token ids and what is to be predicted from each.
 
     Attributes:
-        tokens: [b, s] int64, padded on the right.
+        tokens: [b, s] int64, padded on the right; of a slice of rows (see `Share`), s are those that are here.
         labels: [b, s] int64, already shifted: the token that follows, or IGNORE (prompt, padding).
         positions: [b, s] int64, from 0 in each document.
-        documents: where those of packed rows begin and end. None: each row is one document.
+        documents: where those of packed rows begin and end, in whole rows. None: each row is one document.
         scored: [t] int64, which of the b * s positions have a label. None on the host, where it is found out.
     """
 
@@ -44,6 +45,45 @@ class Batch:
     def num_labels(self) -> int:
         """Scored positions. Ask before `to`: on a GPU the answer waits for the device."""
         return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process gets of the rows of a step.
+
+    Attributes:
+        rank: which of those among whom the rows are dealt out it is; every row goes to one of them.
+        num_ranks: how many they are.
+        slice: which of its rows' equal slices it gets; those with the others have the same rank.
+        num_slices: how many they are.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    slice: int = 0
+    num_slices: int = 1
+
+    def of(self, rows: Batch) -> Batch:
+        """Its slice of its rows, on the host: [b, ceil(s / n)], with the documents of the whole rows.
+
+        Labels are shifted before, so that each token, also the last of a slice, has the label that it has in its row.
+        """
+        if self.num_slices == 1:
+            return rows
+        length = -(-rows.tokens.size(1) // self.num_slices)
+        excess = length * self.num_slices - rows.tokens.size(1)
+        tokens, labels = F.pad(rows.tokens, (0, excess)), F.pad(rows.labels, (0, excess), value=IGNORE)
+        documents = rows.documents
+        if documents is None:
+            positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        else:
+            documents = Documents.in_rows(documents.rows, tokens.size(1))
+            positions = documents.positions()
+        here = slice(self.slice * length, (self.slice + 1) * length)
+        return Batch(tokens[:, here], labels[:, here], positions[:, here], documents)
+
+
+ALL = Share()  # of a process that is alone
 
 
 def count_labels(batches: Sequence[Batch]) -> int:

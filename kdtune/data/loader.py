@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from kdtune.data.batch import Batch, collate, collate_packed, without_labels
+from kdtune.data.batch import ALL, Batch, Share, collate, collate_packed, without_labels
 from kdtune.data.blend import Blend
 from kdtune.data.examples import Examples
 from kdtune.data.packing import RowPlan, pack
@@ -42,8 +42,7 @@ class Loader:
         seed: int = 0,
         packed: bool = False,
         group_by_length: bool | None = None,
-        rank: int = 0,
-        num_ranks: int = 1,
+        share: Share = ALL,
     ) -> None:
         """
         Args:
@@ -55,8 +54,7 @@ class Loader:
             seed: >= 0.
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
             group_by_length: steps of rows of similar length, in random order; None: if shuffled, not packed, no blend.
-            rank: which of the processes that share each step this is; every row goes to one of them.
-            num_ranks: how many they are.
+            share: what this process gets of each step.
 
         Raises:
             ValueError: no examples, or settings that `check_order` refuses.
@@ -76,12 +74,12 @@ class Loader:
             group_by_length = shuffle and not packed and not isinstance(examples, Blend)
         self._group_by_length = group_by_length
         self._batch_size = batch_size
-        self._step_size = batch_size * gradient_accumulation_steps * num_ranks  # rows of a step, of all ranks
+        self._step_size = batch_size * gradient_accumulation_steps * share.num_ranks  # rows of a step, of all ranks
         self._max_steps_per_epoch = max_steps_per_epoch or sys.maxsize
         self._shuffle = shuffle
         self._seed = seed
         self._packed = packed
-        self._rank, self._num_ranks = rank, num_ranks
+        self._share = share
         self._lengths = examples.lengths
         self._position = 0  # rows of this epoch that were dealt out, to all ranks
         self.epoch = 0
@@ -124,12 +122,11 @@ class Loader:
             self._position = 0
             self._rows = self._plan(self.epoch)
         step.sort(key=lambda row: self._lengths[row].sum(), reverse=True)
-        shares = [step[start:end] for start, end in share(len(step), self._batch_size, self._num_ranks)]
+        bounds = micro_batch_bounds(len(step), self._batch_size, self._share.num_ranks)
+        rows = [step[start:end] for start, end in bounds]
         # Neighbours in length go through the model at the same time, each on its rank, so that none waits for long.
-        return [
-            _collate(self.examples, share, self._packed) if share else without_labels(self._packed)
-            for share in shares[self._rank :: self._num_ranks]
-        ]
+        mine = rows[self._share.rank :: self._share.num_ranks]
+        return [self._share.of(_collate(self.examples, some, self._packed)) for some in mine]
 
     def summary(self) -> str:
         """How much of what the model computes is padding, in the present epoch."""
@@ -144,7 +141,7 @@ class Loader:
         rest = -np.sort(-lengths[whole:])
         computed += sum(
             (end - start) * rest[start]
-            for start, end in share(len(rest), self._batch_size, self._num_ranks)
+            for start, end in micro_batch_bounds(len(rest), self._batch_size, self._share.num_ranks)
             if end > start
         )
         return f"{1 - lengths.sum() / computed:.1%} padding in an epoch"
@@ -225,16 +222,16 @@ class Loader:
         return generator.permutation(steps).reshape(-1)
 
 
-def share(num_rows: int, batch_size: int, num_ranks: int) -> Iterator[tuple[int, int]]:
+def micro_batch_bounds(num_rows: int, batch_size: int, num_ranks: int) -> Iterator[tuple[int, int]]:
     """Bounds of the micro-batches of all ranks: as many for each, of even sizes, batch_size or less."""
     count = -(-num_rows // (batch_size * num_ranks)) * num_ranks
     return pairwise(num_rows * i // max(count, 1) for i in range(count + 1))
 
 
-def batches(examples: Examples | Blend, batch_size: int) -> Iterator[Batch]:
-    """All examples once, a row each, in the order in which they were read."""
+def batches(examples: Examples | Blend, batch_size: int, share: Share = ALL) -> Iterator[Batch]:
+    """All examples once, a row each, in the order in which they were read; each rank gets all, its slice of them."""
     for start in range(0, len(examples), batch_size):
-        yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
+        yield share.of(collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))]))
 
 
 @final
@@ -254,8 +251,7 @@ class ValBatches:
         *,
         packed: bool = False,
         group_by_length: bool | None = None,
-        rank: int = 0,
-        num_ranks: int = 1,
+        share: Share = ALL,
     ) -> None:
         """
         Args:
@@ -263,8 +259,7 @@ class ValBatches:
             batch_size: rows of a batch.
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
             group_by_length: the longest first; None: if not packed.
-            rank: which of the processes that share the batches this is; each gets as many.
-            num_ranks: how many they are.
+            share: what this process gets of them; each gets as many.
 
         Raises:
             ValueError: group_by_length of packed rows.
@@ -273,7 +268,7 @@ class ValBatches:
         self.examples = examples
         self._batch_size = batch_size
         self._packed = packed
-        self._rank, self._num_ranks = rank, num_ranks
+        self._share = share
         if packed:
             self._rows = pack(examples.lengths, examples.max_seq_len)
         elif group_by_length is False:
@@ -287,19 +282,18 @@ class ValBatches:
         return self.examples.num_labels
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // (self._batch_size * self._num_ranks))
+        return -(-len(self._rows) // (self._batch_size * self._share.num_ranks))
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(len(self)):
-            start = (i * self._num_ranks + self._rank) * self._batch_size
+            start = (i * self._share.num_ranks + self._share.rank) * self._batch_size
             rows = range(start, min(start + self._batch_size, len(self._rows)))
-            if rows:
-                yield _collate(self.examples, [self._rows[row] for row in rows], self._packed)
-            else:
-                yield without_labels(self._packed)
+            yield self._share.of(_collate(self.examples, [self._rows[row] for row in rows], self._packed))
 
 
 def _collate(examples: Examples | Blend, rows: Sequence[np.ndarray], packed: bool) -> Batch:
+    if not rows:
+        return without_labels(packed)
     documents = [[examples[i] for i in row.tolist()] for row in rows]
     return collate_packed(documents) if packed else collate([document for (document,) in documents])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdtune.data.batch import ALL, Share
 from kdtune.data.blend import Blend
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
@@ -29,17 +30,14 @@ class RunData:
         return f"{self.loader.examples.summary()}, {self.loader.summary()}{validation}"
 
 
-def load_run(
-    cfg: Any, tokenizer: Tokenizer, vocab_size: int | None = None, rank: int = 0, num_ranks: int = 1
-) -> RunData:
+def load_run(cfg: Any, tokenizer: Tokenizer, vocab_size: int | None = None, share: Share = ALL) -> RunData:
     """Reads what a run trains and validates on. What can be refused without a row is refused before one is tokenised.
 
     Args:
         cfg: a recipe's settings.
         tokenizer: that of the student; teacher and student see the same ids.
         vocab_size: ids that the models have; None: as many as the tokenizer.
-        rank: which of the processes that share each step this is.
-        num_ranks: how many they are.
+        share: what this process gets of each step.
 
     Raises:
         FileNotFoundError: nothing at a source.
@@ -66,10 +64,9 @@ def load_run(
 
     loader: Loader | StreamLoader
     step = {"batch_size": cfg.batch_size, "gradient_accumulation_steps": cfg.gradient_accumulation_steps}
-    step |= {"rank": rank, "num_ranks": num_ranks}
     if isinstance(opened, Stream):
         assert cfg.max_steps is not None
-        loader, num_steps = StreamLoader(opened, **step, shuffle=cfg.shuffle, seed=cfg.seed), cfg.max_steps
+        loader, num_steps = StreamLoader(opened, **step, shuffle=cfg.shuffle, seed=cfg.seed, share=share), cfg.max_steps
     else:
         loader = Loader(
             opened.load(),
@@ -79,6 +76,7 @@ def load_run(
             seed=cfg.seed,
             packed=dataset.packed,
             group_by_length=dataset.group_by_length,
+            share=share,
         )
         num_steps = loader.num_steps(cfg.epochs, cfg.max_steps)
     if dataset_val is None or opened_val is None:
@@ -91,8 +89,7 @@ def load_run(
             cfg.batch_size,
             packed=dataset_val.packed,
             group_by_length=dataset_val.group_by_length,
-            rank=rank,
-            num_ranks=num_ranks,
+            share=share,
         )
         for name, examples in sources.items()
     }

@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from kdtune.data import rows
-from kdtune.data.batch import IGNORE, Batch, Example, collate, without_labels
+from kdtune.data.batch import ALL, IGNORE, Batch, Example, Share, collate, without_labels
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import NUM_PLACES, Examples, Part, counted, join, number_rows
-from kdtune.data.loader import check_same, share
+from kdtune.data.loader import check_same, micro_batch_bounds
 from kdtune.data.prepare import Source
 from kdtune.tokenizers import Tokenizer
 
@@ -137,8 +137,7 @@ class StreamLoader:
         gradient_accumulation_steps: int = 1,
         shuffle: bool = True,
         seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        share: Share = ALL,
     ) -> None:
         """Arguments as those of `Loader`.
 
@@ -153,11 +152,11 @@ class StreamLoader:
         self.stream = stream
         self.examples = stream.first
         self._batch_size = batch_size
-        self._step_size = batch_size * gradient_accumulation_steps * num_ranks
+        self._step_size = batch_size * gradient_accumulation_steps * share.num_ranks
         self._shuffle = shuffle
         self._buffer_size = (stream.shuffle_buffer or _SHUFFLE_BUFFER) if shuffle else 1
         self._seed = seed
-        self._rank, self._num_ranks = rank, num_ranks
+        self._share = share
         self._steps = 0  # dealt out
         self._begin(0)
 
@@ -190,8 +189,10 @@ class StreamLoader:
         if not self._buffer:
             self._begin(self.epoch + 1)
         chosen.sort(key=lambda example: len(example[0]), reverse=True)
-        shares = [chosen[start:end] for start, end in share(len(chosen), self._batch_size, self._num_ranks)]
-        return [collate(share) if share else without_labels(False) for share in shares[self._rank :: self._num_ranks]]
+        bounds = micro_batch_bounds(len(chosen), self._batch_size, self._share.num_ranks)
+        rows = [chosen[start:end] for start, end in bounds]
+        mine = rows[self._share.rank :: self._share.num_ranks]
+        return [self._share.of(collate(some) if some else without_labels(packed=False)) for some in mine]
 
     def _begin(self, epoch: int) -> None:
         """Goes to the start of a pass."""

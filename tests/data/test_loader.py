@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -235,7 +236,7 @@ def many_examples(count: int = 101, max_seq_len: int = 40) -> Examples:
 
 def on_ranks(examples: Examples, num_ranks: int, **settings: Any) -> list[Loader]:
     """One loader for each of the processes that share a step."""
-    return [Loader(examples, rank=rank, num_ranks=num_ranks, **settings) for rank in range(num_ranks)]
+    return [Loader(examples, share=data.Share(rank, num_ranks), **settings) for rank in range(num_ranks)]
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
@@ -261,6 +262,37 @@ def test_an_uneven_end_is_filled_with_batches_that_teach_nothing() -> None:
         steps = [loader.next_step() for loader in on_ranks(examples, 3, batch_size=2, packed=packed)]
         assert sorted(data.count_labels(step) for step in steps) == [0, 0, 5]
         assert all((batch.documents is not None) == packed for step in steps for batch in step)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_slices", [2, 3, 50])
+def test_slices_of_rows(packed: bool, num_slices: int) -> None:
+    """Side by side they are the rows, with some padding; also of a batch that teaches nothing."""
+    examples = many_examples(5)
+
+    def sources(share: data.Share) -> Iterator[Batch]:
+        yield from Loader(examples, batch_size=2, packed=packed, seed=1, share=share).next_step()
+        yield from data.ValBatches(examples, 2, packed=packed, share=share)
+        yield next(data.batches(examples, 2, share))
+
+    for rank in range(4):
+        whole = list(sources(data.Share(rank, 4)))
+        slices = [list(sources(data.Share(rank, 4, i, num_slices))) for i in range(num_slices)]
+        for batch, *parts in zip(whole, *slices, strict=True):
+            s = batch.tokens.size(1)
+            assert len({part.tokens.shape for part in parts}) == 1
+            for name, fill in (("tokens", 0), ("labels", IGNORE), ("positions", None)):
+                joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+                assert joined.size(1) - s < num_slices
+                assert torch.equal(joined[:, :s], getattr(batch, name))
+                assert fill is None or (joined[:, s:] == fill).all()
+            for part in parts:
+                if batch.documents is None:
+                    assert part.documents is None
+                else:
+                    assert part.documents is not None
+                    assert part.documents.rows == batch.documents.rows
+                    assert part.documents.row_length == num_slices * part.tokens.size(1)
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)

@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow
 import pytest
 import tokenizer_folders as folders
+import torch
 from pyarrow import parquet
 
 from kdtune import data, tokenizers
-from kdtune.data import Batch, DatasetConfig, Examples, StreamLoader
+from kdtune.data import Batch, DatasetConfig, Examples, Share, StreamLoader
+from kdtune.data.batch import ALL
 from kdtune.data.examples import example_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
@@ -137,13 +139,16 @@ def test_order_depends_on_seed_only_and_neighbours_are_parted(tokenizer: tokeniz
 def test_ranks_share_each_step(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
     opened = stream(write(tmp_path / "rows"), tokenizer)
     alone = loader(opened, batch_size=2, accumulation=3, seed=4)
-    ranks = [loader(opened, batch_size=2, accumulation=1, seed=4, rank=rank, num_ranks=3) for rank in range(3)]
+    ranks = [loader(opened, batch_size=2, accumulation=1, seed=4, share=Share(rank, 3)) for rank in range(3)]
     state = None
     while alone.epoch == 0:
         steps = [rank.next_step() for rank in ranks]
         assert len({len(step) for step in steps}) == 1
         assert sorted(ids([batch for step in steps for batch in step])) == sorted(ids(alone.next_step()))
         state = state or ranks[0].state_dict()
+    alone, halves = (loader(opened, seed=4, share=share) for share in (ALL, Share(slice=1, num_slices=2)))
+    for rows, right in zip(alone.next_step(), halves.next_step(), strict=True):
+        assert torch.equal(right.tokens[:, : rows.tokens.size(1) // 2], rows.tokens[:, right.tokens.size(1) :])
     resumed = loader(opened, batch_size=1, accumulation=6, seed=4)
     resumed.load_state_dict(state)  # another split of a step, and other ranks
     assert sorted(ids(resumed.next_step())) != []
