@@ -9,7 +9,7 @@ import datetime
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    _meshes: dict[tuple[int, ...], DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -90,6 +91,20 @@ class Ranks:
         degrees = zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)
         layout = ", ".join(f"{name} {degree}" for name, degree in degrees if degree > 1)
         return f"{devices.describe(self.device)}, {self.size} processes ({layout})"
+
+    def mesh_of_weights(self, cfg: ParallelConfig) -> DeviceMesh:
+        """That over which a model is spread, of `DIMENSIONS`, too. All ranks must call.
+
+        Those that have other positions of a row share its weights as those with other rows do.
+        """
+        assert self.mesh is not None
+        replicate, shard, context, tensor = check_layout(cfg, self.size)
+        degrees = (replicate, shard * context, 1, tensor)
+        if degrees == self.mesh.shape:
+            return self.mesh
+        if degrees not in self._meshes:  # each has communicators of its own
+            self._meshes[degrees] = dist.init_device_mesh(self.device.type, degrees, mesh_dim_names=DIMENSIONS)
+        return self._meshes[degrees]
 
     def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
         """Sums over all ranks, as numbers; for a tensor on a device that waits for it.
@@ -197,15 +212,17 @@ def sharding(
     """
     if ranks.mesh is None or not (trains or is_shared(cfg, ranks.size)):
         return None
-    degrees, mesh = check_layout(cfg, ranks.size), ranks.mesh
-    if degrees != mesh.shape:
-        mesh = dist.init_device_mesh(ranks.device.type, degrees, mesh_dim_names=DIMENSIONS)
+    mesh, context = ranks.mesh_of_weights(cfg), ranks.mesh["context"].get_group()
     tensor_mesh = mesh["tensor"]
     mesh = mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else mesh["data_shard"]
 
     def shard(model: Decoder) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+        if cfg.context > 1:
+            from kdtune.context_parallel import slice_rows
+
+            slice_rows(model, context)
         if cfg.tensor > 1:
             from kdtune.tensor_parallel import split
 

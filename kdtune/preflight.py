@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdtune import checkpoint, devices, distributed, optim, tokenizers
-from kdtune.distributed import Ranks
+from kdtune.distributed import ParallelConfig, Ranks
 from kdtune.memory import format_bytes
 from kdtune.models import (
     LoraConfig,
@@ -78,7 +78,6 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     for setting, is_set, why, cure in (
         ("lora", cfg.lora, "an adapter is made beside weights that are whole", ""),
         ("qat", cfg.qat, "weights are rounded in groups, which would be cut", ""),
-        ("parallel.context", cfg.parallel.context > 1, "rows are cut, and models do not know", ""),
         ("optimizer_in_bwd", cfg.optimizer_in_bwd, "a gradient is not yet that of all processes", "Leave it out"),
         ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
         ("teacher.offload", is_cut and teacher.offload, "layers are gathered from other processes instead", whole),
@@ -87,12 +86,14 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         if is_set:
             cure = cure or "Train in one process"
             raise ValueError(f"{setting} does not go with {ranks.size} processes: {why}. {cure}.")
+    for name, why in (("context", "rows are"), ("tensor", "the vocabulary is")):
+        degree, of_teacher = getattr(cfg.parallel, name), getattr(teacher_parallel, name)
+        if of_teacher != degree:
+            raise ValueError(
+                f"teacher_parallel.{name}={of_teacher} and parallel.{name}={degree}: {why} cut at the same places for "
+                f"both, where their predictions meet. Give teacher_parallel.{name}={degree}."
+            )
     degree = cfg.parallel.tensor
-    if teacher is not None and teacher_parallel.tensor != degree:
-        raise ValueError(
-            f"teacher_parallel.tensor={teacher_parallel.tensor} and parallel.tensor={degree}: both heads are cut at "
-            f"the same entries of the vocabulary. Give teacher_parallel.tensor={degree}."
-        )
     if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
@@ -100,23 +101,31 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         )
 
 
-def check_split(degree: int, model: ModelConfig, role: str) -> None:
-    """Refuse a model of which not every process of a tensor-parallel group would have the same share.
+def check_split(cfg: ParallelConfig, model: ModelConfig, role: str) -> None:
+    """Refuse a model of which not every process of a group that splits its layers or rows would have the same share.
 
     Args:
-        degree: over how many processes its layers are to be split.
+        cfg: how they are to be split.
         model: the architecture.
         role: student, teacher or model, to name it.
 
     Raises:
         ValueError: says what does not divide.
     """
+    degree = cfg.tensor
     for what, size in (("key heads", model.num_kv_heads), ("columns of its MLP", model.intermediate_size)):
         if size % degree:
             raise ValueError(
                 f"parallel.tensor={degree} gives each process as many heads and columns of each layer, and the {role} "
                 f"has {size} {what}. Take a divisor of that, and parallel.data_shard for more processes."
             )
+    context, heads, key_heads = cfg.context, model.num_heads // degree, model.num_kv_heads // degree
+    if heads % context or (key_heads % context and context % key_heads):
+        raise ValueError(
+            f"parallel.context={context} gives each process as many heads of whole rows, and the {role} has {heads} "
+            f"heads and {key_heads} key heads" + f" for each of parallel.tensor={degree}" * (degree > 1) + ". Take a "
+            "divisor of the heads that divides the key heads too, or is a multiple of them."
+        )
 
 
 def check_sequence_length(length: int, setting: str, model: ModelConfig, role: str) -> None:

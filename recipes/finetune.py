@@ -310,7 +310,7 @@ def check_settings(cfg: Config, device: torch.device) -> None:
     model = models.from_hf_config(cfg.checkpointer.read_config())
     preflight.check_training(cfg, device, model)
     preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, "model")
-    preflight.check_split(cfg.parallel.tensor, model, "model")
+    preflight.check_split(cfg.parallel, model, "model")
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:

@@ -380,7 +380,7 @@ def check_settings(cfg: Config, device: torch.device) -> None:
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=cfg.teacher.place(device))
     for role, model in (("student", student), ("teacher", teacher)):
         preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
-        preflight.check_split(cfg.parallel.tensor, model, role)
+        preflight.check_split(cfg.parallel, model, role)
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:

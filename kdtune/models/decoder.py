@@ -62,6 +62,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * n, d, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(n, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(n, config.norm_eps) if config.qk_norm else None
+        self.attend: Callable[..., Tensor] = attend  # or what has its arguments, for rows of which only a slice is here
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         queries, keys, values = (  # [b, s, h, n]
@@ -72,9 +73,10 @@ class Attention(nn.Module):
         queries = rotate(queries.transpose(1, 2), cos, sin)  # [b, h, s, n]
         keys = rotate(keys.transpose(1, 2), cos, sin)
         values = values.transpose(1, 2)
-        if cache is not None:
-            keys, values = cache.store(self.index, keys, values)
-        out = attend(queries, keys, values, sight)  # [b, h, s, n]
+        if cache is None:
+            out = self.attend(queries, keys, values, sight)  # [b, h, s, n]
+        else:
+            out = attend(queries, *cache.store(self.index, keys, values), sight)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -128,12 +130,15 @@ class Trunk(nn.Module):
         self.is_random = False  # whether layers draw random numbers: whoever gives them dropout says so
         self.is_rounded = False  # whether layers round their weights, for a model of few bits
         self.offload_activations = False
+        self.slice, self.num_slices = 0, 1  # which of the rows' equal slices it gets, unless there is a cache
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
     ) -> Tensor:
         x = self.embed_tokens(tokens)  # [b, s, d]
-        index = torch.arange(tokens.size(1), device=tokens.device)[None]  # [1, s]
+        num_slices, begin = (self.num_slices, self.slice * tokens.size(1)) if cache is None else (1, 0)
+        here = slice(begin, begin + tokens.size(1))
+        index = torch.arange(num_slices * tokens.size(1), device=tokens.device)[None]  # [1, s] of whole rows
         decoding = cache is not None and cache.length > 0
         if cache is not None:
             cache.begin(tokens.size(1), positions)
@@ -151,11 +156,11 @@ class Trunk(nn.Module):
             for window in set(self.config.windows)
         }
         if positions is None:
-            positions = index if documents is None else documents.positions()
+            positions = (index if documents is None else documents.positions())[:, here]
         lengths = None
         if self.config.rope.type == "dynamic":
-            lengths = positions.amax(dim=1, keepdim=True).expand_as(positions) + 1
-            lengths = lengths if documents is None else documents.lengths_of_tokens()
+            lengths = positions.amax(dim=1, keepdim=True).expand_as(positions) + 1 + index.size(1) - here.stop
+            lengths = lengths if documents is None else documents.lengths_of_tokens()[:, here]
         cos, sin = (part.to(x.dtype)[:, None] for part in self.rope(positions, lengths))  # [b, 1, s, n]
         offloader = Offloader() if self.offload_activations and torch.is_grad_enabled() else None
         for layer, window in zip(self.layers, self.config.windows, strict=True):

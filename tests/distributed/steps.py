@@ -8,26 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune import checkpoint, data, distributed, losses, optim
 from kdtune.checkpoint.state import Run
 from kdtune.data.batch import without_labels
 from kdtune.distributed import ParallelConfig
+from kdtune.documents import Documents
 from kdtune.dtensors import is_spread
 from kdtune.teacher import LiveTeacher
 
 STEPS = 3
-LENGTHS = (5, 31, 2, 17, 9, 24, 3, 11, 30, 7, 13)  # of the rows of a step, which differ much
+Lengths = Sequence[int | tuple[int, ...]]
+LENGTHS: Lengths = (5, 31, 2, 17, 9, 24, 3, 11, 30, 7, 13)  # of the rows of a step, which differ much
 
 
-def rows(step: int, lengths: Sequence[int] = LENGTHS) -> list[data.Batch]:
-    """Micro-batches of two rows, each of one length, with a prompt that is not scored."""
+def rows(step: int, lengths: Lengths = LENGTHS) -> list[data.Batch]:
+    """Micro-batches of two rows, each of one length, with a prompt that is not scored.
+
+    Of several lengths, these are the documents of the first row; the second has all but one.
+    """
     generator = torch.Generator().manual_seed(step)
     made = []
     for length in lengths:
-        tokens, labels = (torch.randint(97, (2, length), generator=generator) for _ in range(2))
-        labels[:, : length // 3] = data.IGNORE
-        made.append(data.Batch(tokens, labels, torch.arange(length).expand(2, length)))
+        documents = (length,) if isinstance(length, int) else length
+        total = sum(documents)
+        tokens, labels = (torch.randint(97, (2, total), generator=generator) for _ in range(2))
+        labels[:, : total // 3] = data.IGNORE
+        packed, positions = None, torch.arange(total).expand(2, total)
+        if len(documents) > 1:
+            packed = Documents.in_rows([documents, documents[1:]])
+            positions = packed.positions()
+            labels[1, total - documents[0] :] = data.IGNORE
+        made.append(data.Batch(tokens, labels, positions, packed))
     return made
 
 
@@ -44,17 +57,18 @@ class Training:
         self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
         self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, **settings))
 
-    def step(self, number: int, lengths: Sequence[int] = LENGTHS) -> list[float]:
+    def step(self, number: int, lengths: Lengths = LENGTHS) -> list[float]:
         """Loss and gradient norm."""
         micro_batches = rows(number, lengths)
         num_tokens = data.count_labels(micro_batches)
         mine = micro_batches[self.ranks.data_rank :: self.ranks.num_data_ranks]
         most = -(-len(micro_batches) // self.ranks.num_data_ranks)
         mine += [without_labels(packed=False)] * (most - len(mine))
+        mine = [self.ranks.share.of(batch) for batch in mine]
         total = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(mine):
             targets = self.teacher(batch)
-            hidden = self.student.hidden(batch.tokens, batch.positions)
+            hidden = self.student.hidden(batch.tokens, batch.positions, batch.documents)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)
             distributed.sync_gradients(self.student, is_last=i == len(mine) - 1)
@@ -66,7 +80,24 @@ class Training:
         return [*self.ranks.all_sum(total[None]), norm.item()]
 
 
-def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Sequence[int] = LENGTHS) -> list[list[float]]:
+class Traffic(TorchDispatchMode):
+    """Bytes of the whole tensors that are gathered, of those that are reduced and scattered, and that are exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.scattered = self.exchanged = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "c10d::_allgather_base_":  # (output, input, ...)
+            self.gathered += args[0].nbytes
+        if func.name() == "c10d::_reduce_scatter_base_":
+            self.scattered += args[1].nbytes
+        if func.name() == "c10d::alltoall_base_":
+            self.exchanged += args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Lengths = LENGTHS) -> list[list[float]]:
     """Steps, after the first a checkpoint, at the end the model."""
     training = Training(models, parallel)
     writer = save(training, models)
@@ -85,7 +116,7 @@ def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Sequenc
 
 
 def resume(
-    models: Path, parallel: ParallelConfig, start: Path, folder: Path, lengths: Sequence[int] = LENGTHS
+    models: Path, parallel: ParallelConfig, start: Path, folder: Path, lengths: Lengths = LENGTHS
 ) -> list[list[float]]:
     """The steps after a checkpoint."""
     training = Training(models, parallel, start=start)

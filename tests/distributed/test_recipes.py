@@ -24,6 +24,7 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
         ["parallel.tensor=2"],
         ["checkpointer.checkpoint_dir={}/student", "teacher_checkpointer.checkpoint_dir={}/teacher"],
     ),
+    "context_parallel": (tiny_runs.distil, ["parallel.context=2"], ["dataset.packed=true"]),
 }
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
@@ -80,6 +81,11 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
         (["parallel.tensor=2"], "the student has 1 key heads"),
         (["parallel.tensor=2", "kd_loss.name=adaptive_kl"], "sorts whole distributions"),
         (["parallel.tensor=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.tensor=2"),
+        (["parallel.context=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.context=2"),
+        (
+            ["parallel.context=2", "checkpointer.checkpoint_dir={}/three_heads"],
+            "the student has 3 heads and 1 key heads",
+        ),
         (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
     ],
 )
@@ -94,6 +100,7 @@ def test_refusals(
     layout = distributed.check_layout
     two = Ranks(torch.device("cpu"), size=2)
     monkeypatch.setattr(distributed, "join", lambda cfg, device: (layout(cfg, 2), two)[1])
+    tiny_runs.write_model(tmp_path / "three_heads", seed=1, num_attention_heads=3)
     with pytest.raises(SystemExit):
-        tiny_runs.distil(tiny, tmp_path, *overrides)
+        tiny_runs.distil(tiny, tmp_path / "run", *(override.format(tmp_path) for override in overrides))
     assert message in capsys.readouterr().err

@@ -10,8 +10,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import LENGTHS, Training, resume, train
-from torch.utils._python_dispatch import TorchDispatchMode
+from steps import LENGTHS, Traffic, Training, resume, train
 
 from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
@@ -43,21 +42,6 @@ def most_bytes_read(models: Path) -> float:
         shard = distributed.sharding(ranks, ParallelConfig(), trains=False)
         checkpoint.load_model(models / "teacher", dtype=torch.bfloat16, device="cpu", shard=shard)
     return ranks.most(sum(pieces))
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes of the whole tensors that are gathered, and of those that are reduced and scattered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathered = self.scattered = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() == "c10d::_allgather_base_":  # (output, input, ...)
-            self.gathered += args[0].nbytes
-        if func.name() == "c10d::_reduce_scatter_base_":
-            self.scattered += args[1].nbytes
-        return func(*args, **(kwargs or {}))
 
 
 def traffic(models: Path, parallel: ParallelConfig) -> list[int]:
