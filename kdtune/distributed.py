@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdtune import devices
 from kdtune.config import setting
 from kdtune.data import Share
-from kdtune.models import Decoder
+from kdtune.models import Decoder, is_quantized
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -133,6 +133,13 @@ class Ranks:
         """Whether it is set on one of them."""
         return self.most(flag) > 0
 
+    def gather(self, value: Any) -> list[Any]:
+        """That of each rank."""
+        values = [value] * self.size
+        if self.mesh is not None:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.mesh is not None:
@@ -230,20 +237,47 @@ def sharding(
         if not trains and mesh.size(-1) == 1:
             return  # nothing to gather, and no gradients to add up
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.head.weight.dtype, torch.float32))
-        reshard = cfg.reshard_after_forward or not trains
-        units: list[Any] = [*model.model.layers]
-        if not model.config.tie_embeddings:
-            units.append(model.model.embed_tokens)
+        again = cfg.reshard_after_forward or not trains
+        units = _units(model)
+        # Weights in few bits cannot be cut. Where there are some, each process has all that is frozen, and nothing but
+        # what is trained is gathered.
+        in_few_bits = any(is_quantized(parameter) for parameter in model.parameters())
+        kept = {parameter for parameter in model.parameters() if in_few_bits and not parameter.requires_grad}
         for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=kept)
         # Head and norm stay gathered from the forward to the backward: the loss, which is outside, needs the head.
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
         register_fsdp_forward_method(model, "hidden")
         for unit in (model, *units):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
 
     return shard
+
+
+def _units(model: Decoder) -> list[Any]:
+    """Modules inside of the model whose weights are gathered together: layers, and an embedding that is not the head.
+
+    The gradients of a unit are of one format (torch 2.13). Beside adapters, which are float32, a module that is trained
+    in bf16 is a unit inside of the layer's, which comes before it.
+    """
+    units: list[Any] = [*model.model.layers]
+    if not model.config.tie_embeddings:
+        units.append(model.model.embed_tokens)
+    if len({parameter.dtype for parameter in model.parameters() if parameter.requires_grad}) > 1:
+        for module in model.model.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+            is_narrow = any(parameter.dtype != torch.float32 for parameter in own)
+            if is_narrow and module is not model.model.embed_tokens:
+                units.insert(0, module)
+    return units
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of whole weights: a forward that no backward followed leaves some gathered."""
+    for module in model.modules():
+        if let_go := getattr(module, "reshard", None):  # FSDPModule's
+            let_go()
 
 
 def sync_gradients(model: nn.Module, is_last: bool) -> None:

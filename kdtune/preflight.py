@@ -76,7 +76,6 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
     whole = f"Give each process a whole teacher: teacher_parallel.data_replicate={ranks.size} and data_shard=1"
     for setting, is_set, why, cure in (
-        ("lora", cfg.lora, "an adapter is made beside weights that are whole", ""),
         ("qat", cfg.qat, "weights are rounded in groups, which would be cut", ""),
         ("optimizer_in_bwd", cfg.optimizer_in_bwd, "a gradient is not yet that of all processes", "Leave it out"),
         ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
@@ -94,6 +93,11 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
                 f"both, where their predictions meet. Give teacher_parallel.{name}={degree}."
             )
     degree = cfg.parallel.tensor
+    if degree > 1 and cfg.lora is not None:
+        raise ValueError(
+            f"lora does not go with parallel.tensor={degree}: an adapter is made beside weights that no process has a "
+            "slice of. Leave parallel.tensor out: with parallel.data_shard, nothing of what is frozen is reduced."
+        )
     if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "

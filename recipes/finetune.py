@@ -100,7 +100,7 @@ def main(cfg: Config) -> None:
     model, optimizer = build(cfg, ranks, inputs.resume_from)
 
     writer = checkpoint.ModelWriter(model, cfg, inputs.model_config, inputs.companions, optimizer.master, ranks)
-    torch.manual_seed(cfg.seed)  # of dropout; a run that is resumed gets its own state back
+    torch.manual_seed(cfg.seed + ranks.rank)  # of dropout; a run that is resumed gets its own states back
     run = checkpoint.Run(
         Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
     )
@@ -176,13 +176,15 @@ def build(cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
     dtype = devices.DTYPES[cfg.dtype]
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     model = checkpoint.load_start(
-        cfg.checkpointer, resume_from, dtype=dtype, device=ranks.device, seed=cfg.seed, lora=cfg.lora, shard=shard
+        cfg.checkpointer,
+        resume_from,
+        dtype=dtype,
+        device=ranks.device,
+        seed=cfg.seed,
+        lora=cfg.lora,
+        qat=cfg.qat,
+        shard=shard,
     )
-    if cfg.lora is not None:
-        models.add_lora(model, cfg.lora, seed=cfg.seed)
-        checkpoint.load_adapter(model, resume_from or cfg.lora.start_from)
-    if cfg.qat is not None:
-        models.prepare_qat(model, cfg.qat)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_header, read_into
+from kdtune.distributed import reshard
+from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
     LoraConfig,
@@ -65,8 +67,9 @@ class Adapter:
 
     def read(self, name: str, like: Tensor, buffer: Tensor) -> Tensor:
         """A tensor in the dtype and on the device of `like`; `buffer` as for `read_into`."""
-        tensor = torch.empty(self.stored[name].shape, dtype=like.dtype, device=like.device)
-        read_into(self.stored[name], tensor, buffer)
+        stored = self.stored.get(name) or self.bases[name]
+        tensor = torch.empty(stored.shape, dtype=like.dtype, device=like.device)
+        read_into(stored, tensor, buffer)
         return tensor.T if name in _TRANSPOSED else tensor
 
     def changes(self, name: str) -> bool:
@@ -221,22 +224,28 @@ def load_adapter(model: Decoder, folder: str | Path | None) -> None:
         return
     adapter = read_adapter(folder, model.config)
     buffer = torch.empty(PIECE, dtype=torch.uint8)
-    for name, place in adapter.bases.items():
+    for name in adapter.bases:
         weight = model.get_parameter(name)
-        read_into(place, stored := torch.empty_like(weight), buffer)
-        if not torch.equal(stored, weight):
+        if not torch.equal(adapter.read(name, local(weight), buffer)[held(weight)], local(weight)):
             raise ValueError(
                 f"{folder} was trained beside another {name} than the model's, and brings it along. Merge the two with "
                 "checkpointer.adapter_dir, and train a new adapter."
             )
     for name, parameter in trained_parameters(model).items():
-        parameter.data.copy_(adapter.read(name, parameter.data, buffer))
+        part = local(parameter.detach())
+        part.copy_(adapter.read(name, part, buffer)[held(parameter)])
 
 
 def save_adapter(
-    model: Decoder, folder: Path, cfg: LoraConfig, *, base: str, companions: Mapping[str, bytes] | None = None
+    model: Decoder,
+    folder: Path,
+    cfg: LoraConfig,
+    *,
+    base: str,
+    companions: Mapping[str, bytes] | None = None,
+    is_writer: bool = True,
 ) -> None:
-    """Write what `add_lora` added to a model.
+    """Write what `add_lora` added to a model. Processes that hold it together all call, and one of them writes.
 
     Args:
         model: with it.
@@ -244,35 +253,40 @@ def save_adapter(
         cfg: what `add_lora` was given.
         base: folder of the model without it.
         companions: other files for the folder, by name, as from `read_companions`.
+        is_writer: this process writes.
 
     Raises:
         FloatingPointError: a number is not finite. Nothing could be done with such an adapter.
     """
     from safetensors.torch import save_file
 
+    reshard(model)
     trained = trained_parameters(model)
-    if broken := [name for name, parameter in trained.items() if not parameter.isfinite().all()]:
+    if broken := [name for name, parameter in trained.items() if not local(parameter).isfinite().all()]:
         raise FloatingPointError(
             f"{_some(broken)} hold numbers that are not finite, so the adapter is not written; what was saved before "
             "is untouched. Resume from there with a lower learning rate."
         )
+    tensors = {}
+    for name, parameter in trained.items():
+        gathered = whole(parameter.detach())
+        for twin in _twins(name, model.config) if is_writer else ():
+            tensor = gathered.T if twin in _TRANSPOSED else gathered
+            tensors[_PREFIX + _TRANSPOSED.get(twin, twin)] = tensor.to("cpu", copy=True).contiguous()
+    if not is_writer:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (companions or {}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    tensors = {}
-    for name, parameter in trained.items():
-        for twin in _twins(name, model.config):
-            tensor = parameter.detach().T if twin in _TRANSPOSED else parameter.detach()
-            tensors[_PREFIX + _TRANSPOSED.get(twin, twin)] = tensor.to("cpu", copy=True).contiguous()
     adapted = {_module(twin) for name in trained if ".lora_" in name for twin in _twins(name, model.config)}
-    whole = {_module(twin) for name in trained if ".lora_" not in name for twin in _twins(name, model.config)}
+    trained_whole = {_module(twin) for name in trained if ".lora_" not in name for twin in _twins(name, model.config)}
     settings = {
         **_settings(cfg),
         "base_model_name_or_path": str(Path(base).absolute()),
         "target_modules": _ends(adapted, model),
-        "modules_to_save": sorted(whole) or None,
-        "ensure_weight_tying": model.config.tie_embeddings and EMBEDDING in adapted | whole,
+        "modules_to_save": sorted(trained_whole) or None,
+        "ensure_weight_tying": model.config.tie_embeddings and EMBEDDING in adapted | trained_whole,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

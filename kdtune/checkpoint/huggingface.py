@@ -26,6 +26,7 @@ from kdtune.checkpoint.scaled import (
 )
 from kdtune.checkpoint.source import Source
 from kdtune.checkpoint.weights import DTYPES, StoredTensor, has_data, read_header
+from kdtune.distributed import reshard
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
@@ -190,7 +191,7 @@ def load_model(
             1, biases 0.
         seed: of `random_weights`; the same weights on any device, and no global random state is touched.
         shard: spreads the model, while it is on `meta`, over several processes, each of which reads its own part of
-            every weight. None: this process holds all of it.
+            every weight; what it adds to the model is left to be filled. None: this process holds all of it.
 
     Raises:
         FileNotFoundError, ValueError: as `read_config`, `from_hf_config`, `select_layers`, `check_files` and
@@ -211,8 +212,9 @@ def load_model(
     if shard is not None:
         shard(model.to(dtype))
         model.to_empty(device=device)
-        for name, parameter in model.named_parameters():
-            source.fill_part(name, local(parameter.detach()), held(parameter), parameter_shapes(config)[name])
+        shapes, parameters = parameter_shapes(config), dict(model.named_parameters())  # adapters are in no folder
+        for name in shapes:
+            source.fill_part(name, local(parameters[name].detach()), held(parameters[name]), shapes[name])
         return model
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -268,9 +270,7 @@ def save_model(
         FloatingPointError: a weight is not a number. Nothing could be done with such a folder.
     """
     assert from_hf_config(config) == model.config, "config describes another model"
-    for module in model.modules():
-        if reshard := getattr(module, "reshard", None):  # of FSDP; a forward without a backward left weights gathered
-            reshard()
+    reshard(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (companions or {}).items() if rank == 0 else ():

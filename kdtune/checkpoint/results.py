@@ -44,8 +44,14 @@ class ModelWriter:
         if self.cfg.lora is None:
             self._save_model(folder)
         else:
-            base = self.cfg.checkpointer.checkpoint_dir
-            save_adapter(self.model, folder, self.cfg.lora, base=base, companions=self.companions)
+            save_adapter(
+                self.model,
+                folder,
+                self.cfg.lora,
+                base=self.cfg.checkpointer.checkpoint_dir,
+                companions=self.companions,
+                is_writer=self.ranks.is_first,
+            )
 
     def finish(self, run: Run, dtype: torch.dtype) -> str:
         """Write `adapter` or `model`, or both, into the folder of the run.

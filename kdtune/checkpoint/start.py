@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 
-from kdtune.checkpoint.adapters import SETTINGS, check_adapter, read_adapter
+from kdtune.checkpoint.adapters import SETTINGS, check_adapter, load_adapter, read_adapter
 from kdtune.checkpoint.huggingface import check_files, load_model, read_config, select_layers
 from kdtune.config import MISSING, setting
-from kdtune.models import Decoder, LoraConfig, ModelConfig, check_quantization, from_hf_config, trained_shapes
+from kdtune.models import (
+    Decoder,
+    LoraConfig,
+    ModelConfig,
+    QATConfig,
+    add_lora,
+    check_quantization,
+    from_hf_config,
+    init_lora,
+    prepare_qat,
+    trained_shapes,
+)
 
 
 @dataclass
@@ -168,30 +179,53 @@ def load_start(
     device: torch.device,
     seed: int,
     lora: LoraConfig | None = None,
+    qat: QATConfig | None = None,
     shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
-    """The model to train: from `cfg`, or from a checkpoint of its own run.
+    """The model as it is trained: from `cfg`, or from a checkpoint of its own run.
 
     Args:
         cfg: where the first step started.
-        resume_from: a checkpoint of the run, which is a whole model: how the first one was made no longer matters.
+        resume_from: a checkpoint of the run. It is a whole model, and how the first one was made no longer matters; or
+            with `lora` an adapter, and the model is that of `cfg`, which no step changes.
         dtype: of the weights in memory.
         device: where they are put.
-        seed: of `random_weights`.
-        lora: the adapter that will be trained. With one, the model is that of `cfg`, which no step changes, quantised
-            if `lora` says so.
+        seed: of `random_weights`, and of a new adapter.
+        lora: the adapter that is trained. None: all weights are.
+        qat: how weights are rounded in training. None: they are not.
         shard: as of `load_model`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model` and `load_adapter`.
     """
+
+    def prepare(model: Decoder) -> None:
+        if lora is not None:
+            add_lora(model, lora, seed=seed)
+        if qat is not None:
+            prepare_qat(model, qat)
+        if shard is not None:
+            shard(model)
+
+    in_few_bits = lora is not None and lora.base_quantization is not None  # which each process quantises as a whole
+    is_prepared_first = shard is not None and not in_few_bits
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "shard": prepare if is_prepared_first else None}
     if resume_from is not None and lora is None:
-        return load_model(resume_from, dtype=dtype, device=device, shard=shard)
-    return load_model(
-        cfg.checkpoint_dir,
-        dtype=dtype,
-        device=device,
-        adapter_dir=cfg.adapter_dir,
-        keep_layers=cfg.keep_layers,
-        quantization=None if lora is None else lora.base_quantization,
-        random_weights=cfg.random_weights,
-        seed=seed,
-        shard=shard,
-    )
+        model = load_model(resume_from, **settings)
+    else:
+        model = load_model(
+            cfg.checkpoint_dir,
+            adapter_dir=cfg.adapter_dir,
+            keep_layers=cfg.keep_layers,
+            quantization=None if lora is None else lora.base_quantization,
+            random_weights=cfg.random_weights,
+            seed=seed,
+            **settings,
+        )
+    if not is_prepared_first:
+        prepare(model)
+    elif lora is not None:
+        init_lora(model, seed=seed)
+    if lora is not None:
+        load_adapter(model, resume_from or lora.start_from)
+    return model

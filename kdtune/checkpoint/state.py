@@ -179,7 +179,8 @@ class Run:
             state = _read_state(resume_from, mmap=ranks.size > 1)
             for name, part in parts.items():
                 part.load_state_dict(state[name] | _read_spread(resume_from / name, part, state[name], ranks))
-            _set_random_state(state["random"])
+            if ranks.rank < len(state["random"]):  # one that was not there then keeps the numbers it was started with
+                _set_random_state(state["random"][ranks.rank])
             self.step = state["step"]
             ranks.wait()
             if ranks.is_first:
@@ -195,8 +196,9 @@ class Run:
                 for name, part in self._parts.items():
                     if isinstance(part, Spread):
                         state[name] = _write_spread(folder / name, part, state[name])
+            random = self._ranks.gather(_random_state())
             if self._ranks.is_first:
-                torch.save({**state, "step": self.step, "random": _random_state()}, folder / STATE_FILE)
+                torch.save({**state, "step": self.step, "random": random}, folder / STATE_FILE)
 
         folder = write_aside(self._folder(), write, self._ranks)
         if self._ranks.is_first:

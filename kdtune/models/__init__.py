@@ -11,7 +11,7 @@ from kdtune.models.decoder import (
     parameter_shapes,
 )
 from kdtune.models.families import from_hf_config
-from kdtune.models.lora import LoraConfig, add_lora, merge, merged, trained_parameters, trained_shapes
+from kdtune.models.lora import LoraConfig, add_lora, init_lora, merge, merged, trained_parameters, trained_shapes
 from kdtune.models.qat import QATConfig, check_qat, convert_qat, prepare_qat
 from kdtune.models.quantization import (
     Quantization,
@@ -46,6 +46,7 @@ __all__ = [
     "dequantize",
     "enable_activation_checkpointing",
     "from_hf_config",
+    "init_lora",
     "is_quantized",
     "merge",
     "merged",

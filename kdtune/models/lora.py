@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtune.config import setting
+from kdtune.dtensors import held, like, local, whole
 from kdtune.models.config import ModelConfig
 from kdtune.models.decoder import Decoder
 from kdtune.models.quantization import Quantization, dequantize, frozen_linear, is_quantized, quantized_shapes
@@ -66,9 +67,10 @@ class LoraLinear(nn.Linear):
         self.scale, self.dropout = cfg.scale, cfg.dropout
         self.lora_magnitude_vector: nn.Parameter | None = None
         if cfg.use_dora:
-            self.square_lengths: Tensor
-            self.register_buffer("square_lengths", _wide(base.weight).square().sum(1), persistent=False)
-            self.lora_magnitude_vector = nn.Parameter(self.square_lengths.sqrt())
+            self.square_lengths: Tensor  # of the rows of the frozen weight, all of them on every process
+            lengths = lora_B.weight.new_empty(self.out_features)
+            self.register_buffer("square_lengths", lengths, persistent=False)
+            self.lora_magnitude_vector = nn.Parameter(lengths.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         y = _add_product(frozen_linear(x, self.weight, self.bias), self.down(x), self.lora_B.weight)
@@ -87,6 +89,14 @@ class LoraLinear(nn.Linear):
     def factors(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The products that the logits are made of, if this is the head (see `kdtune.losses.Projection`)."""
         return [(hidden, self.weight), (self.down(hidden), self.lora_B.weight.to(hidden.dtype))]
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Take the lengths that the rows of the frozen weight have as they are now (DoRA)."""
+        if self.lora_magnitude_vector is not None:
+            squares = _wide(local(self.weight)).square().sum(1)
+            local(self.lora_magnitude_vector).copy_(squares.sqrt())
+            self.square_lengths = whole(like(self.lora_magnitude_vector, squares))
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
@@ -136,19 +146,41 @@ def add_lora(model: Decoder, cfg: LoraConfig, *, seed: int) -> None:
     for name in whole:
         for parameter in model.get_submodule(name).parameters(recurse=False):
             parameter.requires_grad_(True)
-    generator = torch.Generator().manual_seed(seed)
     for name in adapted:
         base, embedding = model.get_submodule(name), model.model.embed_tokens
         if isinstance(base, nn.Embedding):
-            adapter: nn.Module = LoraEmbedding(base, *_new_adapter(base.weight, cfg.rank, generator), cfg)
+            adapter: nn.Module = LoraEmbedding(base, *_new_adapter(base.weight, cfg.rank), cfg)
         elif name == HEAD and model.config.tie_embeddings and isinstance(embedding, LoraEmbedding):
             adapter = LoraLinear(model.head, embedding.lora_A, embedding.lora_B, cfg)
         else:
             assert isinstance(base, nn.Linear)
-            adapter = LoraLinear(base, *_new_adapter(base.weight, cfg.rank, generator), cfg)
+            adapter = LoraLinear(base, *_new_adapter(base.weight, cfg.rank), cfg)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, adapter)
     model.model.is_random = cfg.dropout > 0
+    init_lora(model, seed=seed)
+
+
+@torch.no_grad()
+def init_lora(model: Decoder, *, seed: int) -> None:
+    """Give new adapters their numbers, once the weights beside them have theirs.
+
+    Args:
+        model: with adapters, held by this process, or by several together, which then all call.
+        seed: as of `add_lora`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shared: set[nn.Module] = set()  # of a tied embedding, with the head
+    for module in model.modules():
+        if isinstance(module, (LoraLinear, LoraEmbedding)) and module.lora_A not in shared:
+            shared.add(module.lora_A)
+            a, bound = module.lora_A.weight, 1 / math.sqrt(module.lora_A.in_features)
+            if not a.is_meta:  # drawn as a whole on the host, so that every device and process has the same numbers
+                drawn = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=generator)
+                local(a).copy_(drawn[held(a)])
+            local(module.lora_B.weight).zero_()
+        if isinstance(module, LoraLinear):
+            module.measure()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -183,9 +215,10 @@ def merged(model: Decoder, name: str, master: Callable[[Tensor], Tensor] = Tenso
     if not name.endswith(".weight") or not isinstance(module, (LoraLinear, LoraEmbedding)):
         parameter = model.get_parameter(name)
         return dequantize(parameter) if is_quantized(parameter) else master(parameter)
-    weight = _wide(module.weight, copy=True)
+    weight = _wide(whole(module.weight), copy=True)
     magnitude = module.lora_magnitude_vector if isinstance(module, LoraLinear) else None
-    merge(weight, module.lora_A.weight, module.lora_B.weight, module.scale, magnitude)
+    a, b = whole(module.lora_A.weight), whole(module.lora_B.weight)
+    merge(weight, a, b, module.scale, None if magnitude is None else whole(magnitude))
     return weight
 
 
@@ -216,13 +249,11 @@ def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.to(x.dtype).T).view_as(y)
 
 
-def _new_adapter(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[nn.Linear, nn.Linear]:
+def _new_adapter(weight: Tensor, rank: int) -> tuple[nn.Linear, nn.Linear]:
     outputs, inputs = weight.shape
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    a = torch.empty(rank, inputs, dtype=dtype, device="meta" if weight.is_meta else "cpu")
-    if not a.is_meta:
-        a.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-    return _linear(a.to(weight.device)), _linear(torch.zeros(outputs, rank, dtype=dtype, device=weight.device))
+    dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+    a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((rank, inputs), (outputs, rank)))
+    return _linear(a), _linear(b)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kdtune.data.batch import without_labels
 from kdtune.distributed import ParallelConfig
 from kdtune.documents import Documents
 from kdtune.dtensors import is_spread
+from kdtune.models import LoraConfig, QATConfig, trained_parameters
 from kdtune.teacher import LiveTeacher
 
 STEPS = 3
@@ -44,18 +46,33 @@ def rows(step: int, lengths: Lengths = LENGTHS) -> list[data.Batch]:
     return made
 
 
+@dataclass
+class Settings:
+    """What a recipe's settings say of what is trained."""
+
+    checkpointer: checkpoint.StartCheckpointerConfig
+    lora: LoraConfig | None = None
+    qat: QATConfig | None = None
+    optimizer_in_bwd: bool = False
+    dtype: torch.dtype = torch.float64
+
+
 class Training:
     """A pair that is trained, by this process together with the others."""
 
     def __init__(self, models: Path, parallel: ParallelConfig, start: Path | None = None, **settings: Any) -> None:
         self.ranks = distributed.join(parallel, "cpu")
-        load = {"dtype": torch.float64, "device": self.ranks.device}
+        self.cfg = cfg = Settings(checkpoint.StartCheckpointerConfig(str(models / "student")), **settings)
+        load = {"dtype": cfg.dtype, "device": self.ranks.device}
         shard = distributed.sharding(self.ranks, parallel, trains=True)
-        self.student = checkpoint.load_model(start or models / "student", **load, shard=shard)
+        changes = {"lora": cfg.lora, "qat": cfg.qat, "seed": 0}
+        self.student = checkpoint.load_start(cfg.checkpointer, start, **changes, **load, shard=shard)
         size = self.student.config.vocab_size
         shard_teacher = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
-        self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, **settings))
+        self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01))
+        if cfg.optimizer_in_bwd:
+            self.optimizer.step_in_backward()
 
     def step(self, number: int, lengths: Lengths = LENGTHS) -> list[float]:
         """Loss and gradient norm."""
@@ -74,7 +91,7 @@ class Training:
             distributed.sync_gradients(self.student, is_last=i == len(mine) - 1)
             loss.total.backward()
             total += loss.total.detach()
-        norm = self.optimizer.clip_grad_norm(0.1)
+        norm = self.optimizer.clip_grad_norm(None if self.cfg.optimizer_in_bwd else 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return [*self.ranks.all_sum(total[None]), norm.item()]
@@ -97,11 +114,13 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Lengths = LENGTHS) -> list[list[float]]:
+def train(
+    models: Path, parallel: ParallelConfig, folder: Path, lengths: Lengths = LENGTHS, **settings: Any
+) -> list[list[float]]:
     """Steps, after the first a checkpoint, at the end the model."""
-    training = Training(models, parallel)
-    writer = save(training, models)
-    run = Run(folder, None, writer, training.ranks, optimizer=training.optimizer)
+    training = Training(models, parallel, **settings)
+    writer = write(training)
+    run = Run(folder, None, writer.write, training.ranks, optimizer=training.optimizer)
     numbers = []
     for run.step in range(1, STEPS + 1):
         numbers.append(training.step(run.step, lengths))
@@ -109,22 +128,27 @@ def train(models: Path, parallel: ParallelConfig, folder: Path, lengths: Lengths
             shutil.copytree(run.save(), folder / "kept") if training.ranks.is_first else run.save()
     with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
         training.student.hidden(torch.arange(4)[None])
-    run.finish(writer)
+    writer.finish(run, training.cfg.dtype)
     if training.ranks.size > 1:
-        assert all(is_spread(parameter) for parameter in training.student.parameters()), "what is saved has its rest"
+        trained = trained_parameters(training.student).values()
+        assert all(is_spread(parameter) for parameter in trained), "what is saved has its rest"
     return numbers
 
 
 def resume(
-    models: Path, parallel: ParallelConfig, start: Path, folder: Path, lengths: Lengths = LENGTHS
+    models: Path,
+    parallel: ParallelConfig,
+    start: Path,
+    folder: Path,
+    lengths: Lengths = LENGTHS,
+    **settings: Any,
 ) -> list[list[float]]:
     """The steps after a checkpoint."""
-    training = Training(models, parallel, start=start)
-    run = Run(folder, start, save(training, models), training.ranks, optimizer=training.optimizer)
+    training = Training(models, parallel, start=start, **settings)
+    run = Run(folder, start, write(training).write, training.ranks, optimizer=training.optimizer)
     return [training.step(step, lengths) for step in range(run.step + 1, STEPS + 1)]
 
 
-def save(training: Training, models: Path) -> Callable[[Path], None]:
-    config = checkpoint.read_config(models / "student")
-    rank = {"rank": training.ranks.rank, "num_ranks": training.ranks.size}
-    return lambda folder: checkpoint.save_model(training.student, folder, config=config, **rank)
+def write(training: Training) -> checkpoint.ModelWriter:
+    config = checkpoint.read_config(training.cfg.checkpointer.checkpoint_dir)
+    return checkpoint.ModelWriter(training.student, training.cfg, config, {}, training.optimizer.master, training.ranks)

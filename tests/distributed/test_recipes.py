@@ -9,8 +9,9 @@ import pytest
 import ranks
 import tiny_runs
 import torch
+from safetensors.torch import load_file
 
-from kdtune import checkpoint, distributed
+from kdtune import distributed
 from kdtune.distributed import Ranks
 
 # Each process has a whole teacher, which may be quantised then; of the student it has a part.
@@ -19,6 +20,17 @@ TWO_AT_A_TIME = ["gradient_accumulation_steps=1"]
 RUNS = {  # what is run, settings of two processes, and those of one as well
     "knowledge_distillation": (tiny_runs.distil, [*TWO_AT_A_TIME, *WHOLE_TEACHER], ["teacher.quantization=int8"]),
     "finetune": (tiny_runs.finetune, TWO_AT_A_TIME, []),
+    "lora": (
+        tiny_runs.finetune,
+        TWO_AT_A_TIME,
+        [
+            "dtype=bf16",
+            "optimizer.name=adamw",
+            "lora.rank=4",
+            "lora.use_dora=true",
+            "lora.modules_to_save=[input_layernorm,k_proj]",
+        ],
+    ),
     "tensor_parallel": (
         tiny_runs.distil,
         ["parallel.tensor=2"],
@@ -62,13 +74,13 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=2e-3)
     weights, others = (
-        checkpoint.load_model(run / "model", dtype=torch.float32, device="cpu").state_dict()
+        {key: weight for path in run.glob("[am]*/*.safetensors") for key, weight in load_file(path).items()}
         for run in (in_two / name, alone)
     )
+    assert weights.keys() == others.keys()
     for key, weight in others.items():
-        torch.testing.assert_close(
-            weights[key], weight, rtol=0, atol=5e-3
-        )  # moments of 8 bits are cut into other blocks
+        # Moments of 8 bits are cut into other blocks.
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=5e-3)
     assert sorted(path.name for path in (in_two / name).iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
@@ -77,7 +89,7 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
     [
         (["parallel.data_replicate=3"], "parallel.data_replicate=3 times parallel.data_shard=1"),
         (["teacher_parallel.data_shard=4"], "teacher_parallel.data_shard=4"),
-        (["lora.rank=2"], "lora does not go with 2 processes"),
+        (["lora.rank=2", "parallel.tensor=2"], "lora does not go with parallel.tensor=2"),
         (["parallel.tensor=2"], "the student has 1 key heads"),
         (["parallel.tensor=2", "kd_loss.name=adaptive_kl"], "sorts whole distributions"),
         (["parallel.tensor=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.tensor=2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ from steps import LENGTHS, Traffic, Training, resume, train
 
 from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
+from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig
-from kdtune.models import from_hf_config, parameter_shapes
+from kdtune.models import LoraConfig, from_hf_config, parameter_shapes, trained_shapes
 
 LAYOUTS = {  # by number of processes
     2: {"sharded": ParallelConfig(), "kept": ParallelConfig(reshard_after_forward=False)},
     4: {"sharded": ParallelConfig(), "hybrid": ParallelConfig(data_replicate=2)},
+}
+STARTS = ["alone_1", *(f"{name}_2" for name in LAYOUTS[2])]  # from whose checkpoints all go on
+FEW = (5, 17, 2)  # rows of a step, of which a process may have none
+EMBEDDING_TOO = {"use_rslora": True, "target_modules": ["all-linear", "embed_tokens"]}
+WHOLE_TOO = {"use_dora": True, "modules_to_save": ["embed_tokens", "v_proj", "input_layernorm"]}
+WAYS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {  # what else is trained, and by how many processes
+    "adapter": (2, ParallelConfig(), {"lora": LoraConfig(rank=3, save_merged=True, **EMBEDDING_TOO)}),
+    "quantised": (2, ParallelConfig(), {"lora": LoraConfig(rank=3, base_quantization="int8"), "dtype": torch.float32}),
+    "dora": (4, ParallelConfig(data_replicate=2), {"lora": LoraConfig(rank=3, save_merged=True, **WHOLE_TOO)}),
 }
 
 
@@ -44,9 +55,19 @@ def most_bytes_read(models: Path) -> float:
     return ranks.most(sum(pieces))
 
 
-def traffic(models: Path, parallel: ParallelConfig) -> list[int]:
+def draw(folder: Path) -> list[list[float]]:
+    """What each process draws after a checkpoint, and what it draws when it goes on from there."""
+    ranks = distributed.join(ParallelConfig(), "cpu")
+    torch.manual_seed(ranks.rank)
+    start = Run(folder, None, lambda folder: None, ranks).save()
+    drawn = torch.rand(1).item()
+    Run(folder, start, lambda folder: None, ranks)
+    return ranks.gather([drawn, torch.rand(1).item()])
+
+
+def traffic(models: Path, parallel: ParallelConfig, **settings: Any) -> list[int]:
     """Of a step."""
-    training = Training(models, parallel)
+    training = Training(models, parallel, **settings)
     training.step(1)
     with Traffic() as traffic:
         training.step(2)
@@ -55,14 +76,20 @@ def traffic(models: Path, parallel: ParallelConfig) -> list[int]:
 
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     """What one process of so many does, one layout after the other."""
-    found: dict[str, Any] = {"most bytes read": most_bytes_read(models)}
+    found: dict[str, Any] = {"most bytes read": most_bytes_read(models), "drawn": draw(folder / f"drawn_{size}")}
     for name, parallel in LAYOUTS[size].items():
         found[f"traffic {name}"] = traffic(models, parallel)
         found[name] = train(models, parallel, folder / f"{name}_{size}")
-    starts = sorted(folder.glob("*/kept"))
-    for start in starts:
-        found[f"from {start.parent.name}"] = resume(models, ParallelConfig(), start, folder / "resumed")
-    return found
+    for name, (of_size, parallel, settings) in WAYS.items():
+        if of_size == size:
+            found[f"traffic {name}"] = traffic(models, parallel, **settings)
+            found[name] = train(models, parallel, folder / f"{name}_{size}", FEW, **settings)
+            found[f"from {name}"] = resume(
+                models, parallel, folder / f"{name}_1" / "kept", folder / "resumed", FEW, **settings
+            )
+    return found | {
+        f"from {run}": resume(models, ParallelConfig(), folder / run / "kept", folder / "resumed") for run in STARTS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +97,18 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     """By layout and number of processes, what they found; and the folder with what they wrote."""
     folder = tmp_path_factory.mktemp("runs")
     numbers = {"alone_1": train(models, ParallelConfig(), folder / "alone_1")}
+    for name, (*_, settings) in WAYS.items():
+        numbers[f"{name}_1"] = train(models, ParallelConfig(), folder / f"{name}_1", FEW, **settings)
     for size in LAYOUTS:
         first, *others = ranks.run(size, work, folder, size, models, folder)
         assert all(other == first for other in others), "what is logged is the same on every process"
         numbers |= {f"{name}_{size}": values for name, values in first.items()}
-    for start in sorted(folder.glob("*/kept")):
-        numbers[f"from {start.parent.name}_1"] = resume(models, ParallelConfig(), start, folder / "resumed")
+    one, resumed = ParallelConfig(), folder / "resumed"
+    for run in STARTS:
+        numbers[f"from {run}_1"] = resume(models, one, folder / run / "kept", resumed)
+    for name, (size, _, settings) in WAYS.items():
+        kept = folder / f"{name}_{size}" / "kept"
+        numbers[f"from {name}_1"] = resume(models, one, kept, resumed, FEW, **settings)
     return numbers, folder
 
 
@@ -95,11 +128,55 @@ def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], P
 
 
 @pytest.mark.parametrize("size", [1, *LAYOUTS])
-@pytest.mark.parametrize("start", ["alone_1", *(f"{name}_2" for name in LAYOUTS[2])])
+@pytest.mark.parametrize("start", STARTS)
 def test_a_run_goes_on_with_any_number_of_processes(start: str, size: int, found: tuple[dict[str, Any], Path]) -> None:
     numbers, _ = found
     resumed, expected = (torch.tensor(numbers[name]) for name in (f"from {start}_{size}", "alone_1"))
     torch.testing.assert_close(resumed, expected[1:], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_what_else_is_trained(name: str, found: tuple[dict[str, Any], Path]) -> None:
+    """Steps, and what is written, are those of one process; and each goes on from the other's checkpoint."""
+    numbers, folder = found
+    size, _, settings = WAYS[name]
+    close = {"rtol": 1e-4, "atol": 1e-5} if "dtype" in settings else {"rtol": 1e-9, "atol": 1e-12}
+    expected = torch.tensor(numbers[f"{name}_1"])
+    torch.testing.assert_close(torch.tensor(numbers[f"{name}_{size}"]), expected, **close)
+    for resumed_by in (1, size):  # what the other left
+        torch.testing.assert_close(torch.tensor(numbers[f"from {name}_{resumed_by}"]), expected[1:], **close)
+    for kind in ("adapter", "model"):
+        weights, others = (stored(folder / run / kind) for run in (f"{name}_{size}", f"{name}_1"))
+        assert weights.keys() == others.keys()
+        for key, weight in others.items():
+            torch.testing.assert_close(weights[key], weight, **close)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, which may not be there."""
+    return {key: weight for path in folder.glob("*.safetensors") for key, weight in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", ["adapter", "quantised", "dora"])
+def test_nothing_of_frozen_weights_is_reduced(name: str, models: Path, found: tuple[dict[str, Any], Path]) -> None:
+    """And where each process has them, they are not gathered."""
+    size, _, settings = WAYS[name]
+    gathered, scattered = found[0][f"traffic {name}_{size}"]
+    config = from_hf_config(checkpoint.read_config(models / "student"))
+    shapes = trained_shapes(config, settings["lora"]).values()
+    num_trained = sum(-(-rows // 2) * 2 * math.prod(others) for rows, *others in shapes)  # as much for both of a group
+    itemsize = settings.get("dtype", torch.float64).itemsize
+    assert scattered == itemsize * num_trained
+    if name == "quantised":
+        rows_per_step = -(-len(LENGTHS) // size)
+        trained_and_teacher = 2 * num_trained + num_gathered(models, "teacher", layers=True)
+        assert gathered == pytest.approx(rows_per_step * itemsize * trained_and_teacher, rel=0.03)
+
+
+def test_each_process_goes_on_with_its_own_random_numbers(found: tuple[dict[str, Any], Path]) -> None:
+    drawn = found[0]["drawn_4"]
+    assert all(before == after for before, after in drawn)
+    assert len({before for before, _ in drawn}) == 4
 
 
 @pytest.mark.parametrize("size", LAYOUTS)
@@ -118,15 +195,17 @@ def test_what_crosses_is_what_the_documentation_says(
     name, size = run.split("_")
     rows_per_step = -(-len(LENGTHS) // int(size))
 
-    def num_bytes(model: str, *, layers: bool) -> int:
-        shapes = parameter_shapes(from_hf_config(checkpoint.read_config(models / model)))
-        kept = ("lm_head.weight", "model.norm.weight", *(["model.embed_tokens.weight"] * (model == "student")))
-        return 8 * sum(torch.Size(shape).numel() for key, shape in shapes.items() if (key not in kept) == layers)
-
-    of_layers, of_rest = (num_bytes("student", layers=layers) for layers in (True, False))
+    of_layers, of_rest = (8 * num_gathered(models, "student", layers=layers) for layers in (True, False))
     passes = 1 if name == "kept" else 2
-    gathered = rows_per_step * (passes * of_layers + of_rest + num_bytes("teacher", layers=True))
+    gathered = rows_per_step * (passes * of_layers + of_rest + 8 * num_gathered(models, "teacher", layers=True))
     assert numbers[f"traffic {run}"] == pytest.approx([gathered, of_layers + of_rest], rel=0.03), "but for padding"
+
+
+def num_gathered(models: Path, model: str, *, layers: bool) -> int:
+    """Weights of its layers, or of what stays gathered."""
+    shapes = parameter_shapes(from_hf_config(checkpoint.read_config(models / model)))
+    kept = ("lm_head.weight", "model.norm.weight", *(["model.embed_tokens.weight"] * (model == "student")))
+    return sum(torch.Size(shape).numel() for key, shape in shapes.items() if (key not in kept) == layers)
 
 
 @pytest.mark.parametrize("run", RUNS)
