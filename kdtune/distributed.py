@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdtune import devices
+from kdtune import devices, pipeline_parallel
 from kdtune.config import setting
 from kdtune.data import Share
 from kdtune.models import Decoder, is_quantized
+from kdtune.stage import Stage
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # Of the mesh, slowest first: neighbours, between whom most crosses, split the products of one layer.
-DIMENSIONS = ("data_replicate", "data_shard", "context", "tensor")
+DIMENSIONS = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
 
@@ -33,6 +34,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving 
 class ParallelConfig:
     """How models are spread over the processes that torchrun starts; their product is the number of processes."""
 
+    pipeline: int = setting(1, gt=0)  # processes that each have some layers, and pass micro-batches on to the next
     data_replicate: int = setting(1, gt=0)  # groups that hold all of the model each; each trains on its own rows
     data_shard: int | None = setting(None, gt=0)  # processes that hold a model together (FSDP); null: all of a group
     context: int = setting(1, gt=0)  # processes that split each row's positions
@@ -49,12 +51,14 @@ class Ranks:
         rank: its number.
         size: how many there are.
         mesh: of `DIMENSIONS`; None if it is alone.
+        stage: its place in a pipeline; None without one.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    stage: Stage | None = None
     _meshes: dict[tuple[int, ...], DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -63,21 +67,14 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def num_data_ranks(self) -> int:
-        """Among how many the rows of a step are dealt out. Those that share a row have the same of these numbers."""
-        return 1 if self.mesh is None else self.mesh.size(0) * self.mesh.size(1)
-
-    @property
-    def data_rank(self) -> int:
-        """Which of them this one is, or belongs to."""
-        return self.rank * self.num_data_ranks // self.size
-
-    @property
     def share(self) -> Share:
         """What this one gets of the rows of a step."""
-        if self.mesh is None:
+        if self.mesh is None or (place := self.mesh.get_coordinate()) is None:
             return Share()
-        return Share(self.data_rank, self.num_data_ranks, self.mesh.get_local_rank("context"), self.mesh.size(2))
+        _, replica, shard, slice, _ = place
+        _, num_replicas, num_shards, num_slices, _ = self.mesh.shape
+        is_scored = self.stage is None or self.stage.is_last
+        return Share(replica * num_shards + shard, num_replicas * num_shards, slice, num_slices, is_scored)
 
     @property
     def folder(self) -> str:
@@ -98,8 +95,8 @@ class Ranks:
         Those that have other positions of a row share its weights as those with other rows do.
         """
         assert self.mesh is not None
-        replicate, shard, context, tensor = check_layout(cfg, self.size)
-        degrees = (replicate, shard * context, 1, tensor)
+        pipeline, replicate, shard, context, tensor = check_layout(cfg, self.size)
+        degrees = (pipeline, replicate, shard * context, 1, tensor)
         if degrees == self.mesh.shape:
             return self.mesh
         if degrees not in self._meshes:  # each has communicators of its own
@@ -177,7 +174,14 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         backend = "gloo" if own.type == "cpu" else f"cpu:gloo,{own.type}:{dist.get_default_backend_for_device(own)}"
         dist.init_process_group(backend, timeout=_TIMEOUT)
     mesh = dist.init_device_mesh(own.type, degrees, mesh_dim_names=DIMENSIONS)
-    return Ranks(own, dist.get_rank(), size, mesh)
+    stage = None
+    if cfg.pipeline > 1:
+        pipelines = torch.arange(size).view(cfg.pipeline, -1).T.tolist()
+        onward, back = (dist.new_subgroups_by_enumeration(pipelines)[0] for _ in range(2))
+        assert onward is not None
+        assert back is not None
+        stage = Stage(onward, back)
+    return Ranks(own, dist.get_rank(), size, mesh, stage)
 
 
 def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> tuple[int, ...]:
@@ -186,8 +190,9 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
     Raises:
         ValueError: they do not multiply to it.
     """
-    others = cfg.data_replicate * cfg.context * cfg.tensor
-    degrees = (cfg.data_replicate, cfg.data_shard or max(1, size // others), cfg.context, cfg.tensor)
+    others = cfg.pipeline * cfg.data_replicate * cfg.context * cfg.tensor
+    data_shard = cfg.data_shard or max(1, size // others)
+    degrees = (cfg.pipeline, cfg.data_replicate, data_shard, cfg.context, cfg.tensor)
     if math.prod(degrees) != size:
         named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
         raise ValueError(
@@ -200,7 +205,7 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
 
 def is_shared(cfg: ParallelConfig, size: int) -> bool:
     """Whether a model is held by several processes together, and not by each."""
-    return math.prod(check_layout(cfg, size)[1:]) > 1
+    return check_layout(cfg, size)[1] < size
 
 
 def sharding(
@@ -231,9 +236,11 @@ def sharding(
 
             slice_rows(model, context)
         if cfg.tensor > 1:
-            from kdtune.tensor_parallel import split
+            from kdtune import tensor_parallel
 
-            split(model, tensor_mesh, vocab_size)
+            tensor_parallel.split(model, tensor_mesh, vocab_size)
+        if ranks.stage is not None:
+            pipeline_parallel.split(model, ranks.stage, cfg.tensor)
         if not trains and mesh.size(-1) == 1:
             return  # nothing to gather, and no gradients to add up
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.head.weight.dtype, torch.float32))
@@ -270,7 +277,7 @@ def _units(model: Decoder) -> list[Any]:
             is_narrow = any(parameter.dtype != torch.float32 for parameter in own)
             if is_narrow and module is not model.model.embed_tokens:
                 units.insert(0, module)
-    return units
+    return [unit for unit in units if any(True for _ in unit.parameters())]  # those of this stage of a pipeline
 
 
 def reshard(model: nn.Module) -> None:
@@ -278,10 +285,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if let_go := getattr(module, "reshard", None):  # FSDPModule's
             let_go()
-
-
-def sync_gradients(model: nn.Module, is_last: bool) -> None:
-    """Sum the gradients over the ranks in the next backward, which is the last of the step, or only keep them."""
-    sync = getattr(model, "set_requires_gradient_sync", None)  # FSDPModule's, whose import takes a second
-    if sync is not None:
-        sync(is_last)

@@ -85,19 +85,24 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         if is_set:
             cure = cure or "Train in one process"
             raise ValueError(f"{setting} does not go with {ranks.size} processes: {why}. {cure}.")
-    for name, why in (("context", "rows are"), ("tensor", "the vocabulary is")):
+    for name, why in (
+        ("pipeline", "both heads have to be on the last stage, where the loss is"),
+        ("context", "hidden states of the same positions have to meet"),
+        ("tensor", "both heads are cut at the same entries of the vocabulary"),
+    ):
         degree, of_teacher = getattr(cfg.parallel, name), getattr(teacher_parallel, name)
         if of_teacher != degree:
             raise ValueError(
-                f"teacher_parallel.{name}={of_teacher} and parallel.{name}={degree}: {why} cut at the same places for "
-                f"both, where their predictions meet. Give teacher_parallel.{name}={degree}."
+                f"teacher_parallel.{name}={of_teacher} and parallel.{name}={degree}: {why}. Give "
+                f"teacher_parallel.{name}={degree}."
             )
     degree = cfg.parallel.tensor
-    if degree > 1 and cfg.lora is not None:
-        raise ValueError(
-            f"lora does not go with parallel.tensor={degree}: an adapter is made beside weights that no process has a "
-            "slice of. Leave parallel.tensor out: with parallel.data_shard, nothing of what is frozen is reduced."
-        )
+    for name in ("pipeline", "tensor"):
+        if cfg.lora is not None and (of_layers := getattr(cfg.parallel, name)) > 1:
+            raise ValueError(
+                f"lora does not go with parallel.{name}={of_layers}: an adapter is made beside layers that each "
+                f"process has. Leave parallel.{name} out: parallel.data_shard reduces nothing of what is frozen."
+            )
     if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
@@ -106,7 +111,7 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
 
 
 def check_split(cfg: ParallelConfig, model: ModelConfig, role: str) -> None:
-    """Refuse a model of which not every process of a group that splits its layers or rows would have the same share.
+    """Refuse a model of which not every process of a group that splits it, or its rows, would have its share.
 
     Args:
         cfg: how they are to be split.
@@ -114,8 +119,13 @@ def check_split(cfg: ParallelConfig, model: ModelConfig, role: str) -> None:
         role: student, teacher or model, to name it.
 
     Raises:
-        ValueError: says what does not divide.
+        ValueError: says what does not divide, or is too little.
     """
+    if cfg.pipeline > model.num_layers:
+        raise ValueError(
+            f"parallel.pipeline={cfg.pipeline} gives each process some layers, and the {role} has {model.num_layers}. "
+            "Take fewer stages, and parallel.data_shard for more processes."
+        )
     degree = cfg.tensor
     for what, size in (("key heads", model.num_kv_heads), ("columns of its MLP", model.intermediate_size)):
         if size % degree:

@@ -80,7 +80,7 @@ class LiveTeacher:
             stream_layers(model, offload_to)
         self.device = model.head.weight.device
         # What FSDP gathers into is used again, outside of inference mode, too.
-        self._without_gradients = torch.no_grad if is_spread(model.head.weight) else torch.inference_mode
+        self._without_gradients = torch.no_grad if any(map(is_spread, model.parameters())) else torch.inference_mode
         self.head = model.head
         # The device of a tensor has its number, which `cuda` leaves out.
         wanted = self.device if student_device is None else torch.empty(0, device=student_device).device

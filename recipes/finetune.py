@@ -14,7 +14,6 @@ With checkpointer.random_weights=true it trains a model of the shape in config.j
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from kdtune import (
     metrics,
     models,
     optim,
+    pipeline_parallel,
     planning,
     preflight,
     profiling,
@@ -164,10 +164,7 @@ def main(cfg: Config) -> None:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
     print(generation.compare({"model": model.eval()}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    settings = f"{found_by} device={cfg.device} dtype={cfg.dtype}"
-    settings += " chat=true" * cfg.dataset.has_chats
-    prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
-    print(f"The model is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    print(f"The model is in {run.output_dir}. Try it:\n  {writer.command(found_by)}")
     ranks.leave()
 
 
@@ -209,15 +206,18 @@ def forward_backward(
     """
     device = model.head.weight.device
     loss_sum = torch.zeros((), device=device)
-    for i, batch in enumerate(micro_batches):
-        batch = batch.to(device)
+    losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
+    for direction, i in pipeline_parallel.schedule(model, len(micro_batches)):
+        if direction == "backward":
+            with record_function("backward"):
+                losses_of.pop(i).backward()
+            continue
+        batch = micro_batches[i].to(device)
         with record_function("model"):
             hidden = model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
             loss = objective(cfg, hidden, model.head, batch, num_tokens)
-        distributed.sync_gradients(model, is_last=i == len(micro_batches) - 1)
-        with record_function("backward"):
-            loss.total.backward()
+        losses_of[i] = loss.total
         loss_sum += loss.total.detach()
     return loss_sum
 

@@ -22,7 +22,6 @@ Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", a
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from kdtune import (
     metrics,
     models,
     optim,
+    pipeline_parallel,
     planning,
     preflight,
     profiling,
@@ -190,10 +190,7 @@ def main(cfg: Config) -> None:
     logger.close()
     sampled = {"teacher": teacher.model, "student": student.eval()}
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    settings = f"{found_by} device={cfg.device} dtype={cfg.dtype}"
-    settings += " chat=true" * cfg.dataset.has_chats
-    prompt = shlex.quote((cfg.sample_prompts or ["Hello"])[0])
-    print(f"The student is in {run.output_dir}. Try it:\n  kdtune run generate {settings} prompt={prompt}")
+    print(f"The student is in {run.output_dir}. Try it:\n  {writer.command(found_by)}")
     ranks.leave()
 
 
@@ -263,18 +260,21 @@ def forward_backward(
     """
     device = student.head.weight.device
     sums = torch.zeros(4, device=device)
-    for i, batch in enumerate(micro_batches):
+    losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
+    for direction, i in pipeline_parallel.schedule(student, len(micro_batches)):
+        if direction == "backward":
+            with record_function("backward"):
+                losses_of.pop(i).backward()
+            continue
         # The teacher goes first: its activations are gone before the student's are kept for the backward.
         with record_function("teacher"):
-            targets = teacher(batch)
-        batch = batch.to(device)
+            targets = teacher(micro_batches[i])
+        batch = micro_batches[i].to(device)
         with record_function("student"):
             hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
         with record_function("loss"):
             loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress)
-        distributed.sync_gradients(student, is_last=i == len(micro_batches) - 1)
-        with record_function("backward"):
-            loss.total.backward()
+        losses_of[i] = loss.total
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
     return sums
 

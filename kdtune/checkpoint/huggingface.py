@@ -6,7 +6,6 @@ import ctypes
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdtune import pipeline_parallel
 from kdtune.checkpoint.adapters import read_adapter
 from kdtune.checkpoint.scaled import (
     PART,
@@ -212,9 +212,13 @@ def load_model(
     if shard is not None:
         shard(model.to(dtype))
         model.to_empty(device=device)
-        shapes, parameters = parameter_shapes(config), dict(model.named_parameters())  # adapters are in no folder
-        for name in shapes:
-            source.fill_part(name, local(parameters[name].detach()), held(parameters[name]), shapes[name])
+        # Adapters are in no folder.
+        here = {model.in_checkpoint(name): parameter for name, parameter in model.named_parameters()}
+        for name, shape in parameter_shapes(config).items():
+            if (parameter := here.get(name)) is not None:
+                source.fill_part(name, local(parameter.detach()), held(parameter), shape)
+            elif random_weights:  # another stage has it; those that follow are drawn as if it were here
+                source.fill(name, torch.empty(shape, dtype=dtype))
         return model
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -293,7 +297,13 @@ def save_model(
     if rank == 0:
         _write_json(folder / "config.json", config)
 
+    shapes = parameter_shapes(model.config)
+    stage, count = (0, 1) if model.stage is None else (model.stage.index, model.stage.count)
+    by_stage = pipeline_parallel.weights_of_stages(model.config, count)
+
     def stored(name: str, is_written: bool) -> dict[str, Tensor]:
+        if name not in by_stage[stage]:
+            return {name: torch.empty(shapes[name], dtype=dtype, device="meta")}
         weight = whole(merged(model, name, master if is_wider else Tensor.detach))
         if not is_written:
             weight = weight.to("meta")
@@ -301,19 +311,26 @@ def save_model(
             return compressed_parts(name, weight, qat, dtype)
         return {name: weight.to("cpu" if is_written else "meta", dtype).contiguous()}
 
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(model.config).items()}
-    shards = _split(sizes, min(max_shard_size, -(-sum(sizes.values()) // num_ranks)))
-    _write_weights(folder, shards, stored, rank, num_ranks)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    max_size = min(max_shard_size, -(-sum(sizes.values()) // num_ranks))
+    shards: dict[tuple[str, ...], int] = {}  # names, and the rank that writes them
+    for number, names in enumerate(by_stage):
+        first, ranks = num_ranks // count * number, num_ranks // count
+        for i, shard in enumerate(_split({name: sizes[name] for name in names}, max_size)):
+            shards[tuple(shard)] = first + i % ranks
+    _write_weights(folder, shards, stored, rank)
 
 
 def _write_weights(
     folder: Path,
-    shards: Sequence[Sequence[str]],
+    shards: Mapping[tuple[str, ...], int],
     stored: Callable[[str, bool], dict[str, Tensor]],
     rank: int,
-    num_ranks: int,
 ) -> None:
-    """A file for each shard, and an index of several. `stored` makes the tensors of a weight, on `meta` if told so."""
+    """A file for each shard, of these names and by that rank, and an index of several.
+
+    `stored` makes the tensors of a weight, on `meta` if told so.
+    """
     from safetensors.torch import save_file
 
     names = [WEIGHTS]
@@ -321,15 +338,17 @@ def _write_weights(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     total_size = 0
-    for number, (file_name, shard) in enumerate(zip(names, shards, strict=True)):
-        is_written = number % num_ranks == rank
+    for file_name, (shard, writer) in zip(names, shards.items(), strict=True):
+        is_written = writer == rank
         tensors: dict[str, Tensor] = {}
         for name in shard:
             tensors |= stored(name, is_written)
         if is_written:
-            save_file(tensors, folder / file_name, metadata={"format": "pt"})  # transformers asks for the format
-            # safetensors 0.8 lets nobody but the owner read.
-            shutil.copymode(folder / "config.json", folder / file_name)
+            path = folder / file_name
+            path.touch()
+            mode = path.stat().st_mode
+            save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
+            path.chmod(mode)  # safetensors 0.8 lets nobody but the owner read
         weight_map |= dict.fromkeys(tensors, file_name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1 and rank == 0:

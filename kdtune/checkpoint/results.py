@@ -73,6 +73,12 @@ class ModelWriter:
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"
 
+    def command(self, found_by: str) -> str:
+        """That has what `finish` wrote continue a prompt."""
+        chat = "chat=true " * self.cfg.dataset.has_chats
+        prompt = shlex.quote((self.cfg.sample_prompts or ["Hello"])[0])
+        return f"kdtune run generate {found_by} device={self.cfg.device} dtype={self.cfg.dtype} {chat}prompt={prompt}"
+
     def _save_model(self, folder: Path, **settings: Any) -> None:
         save_model(
             self.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +56,22 @@ class Share:
         num_ranks: how many they are.
         slice: which of its rows' equal slices it gets; those with the others have the same rank.
         num_slices: how many they are.
+        is_scored: whether it computes the loss; the other stages of a pipeline get the rows without labels.
     """
 
     rank: int = 0
     num_ranks: int = 1
     slice: int = 0
     num_slices: int = 1
+    is_scored: bool = True
 
     def of(self, rows: Batch) -> Batch:
         """Its slice of its rows, on the host: [b, ceil(s / n)], with the documents of the whole rows.
 
         Labels are shifted before, so that each token, also the last of a slice, has the label that it has in its row.
         """
+        if not self.is_scored:
+            rows = replace(rows, labels=torch.full_like(rows.labels, IGNORE))
         if self.num_slices == 1:
             return rows
         length = -(-rows.tokens.size(1) // self.num_slices)

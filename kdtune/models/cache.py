@@ -16,8 +16,8 @@ class KVCache:
     def __init__(self, max_seq_len: int) -> None:
         self._slots = max_seq_len
         # [b, slots, h, n] of each layer, made when its first keys come: the heads that are here, wherever they are.
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
         self.length = 0  # slots in use by the longest row
         self._positions: Tensor | None = None
 
@@ -31,8 +31,8 @@ class KVCache:
         """Keep [b, h, s, n] of one layer and return all that its queries may look at, [b, h, slots, n]."""
         if self._positions is None:
             b, h, _, n = keys.shape
-            self.keys.append(keys.new_zeros(b, self._slots, h, n))
-            self.values.append(values.new_zeros(b, self._slots, h, n))
+            self.keys[layer] = keys.new_zeros(b, self._slots, h, n)
+            self.values[layer] = values.new_zeros(b, self._slots, h, n)
             self.keys[layer][:, : self.length] = keys.transpose(1, 2)
             self.values[layer][:, : self.length] = values.transpose(1, 2)
             return keys, values

@@ -20,6 +20,7 @@ from kdtune.models.cache import KVCache
 from kdtune.models.checkpointing import CheckpointingMode, Offloader, checkpointer
 from kdtune.models.config import ModelConfig
 from kdtune.models.rope import Rope, rotate
+from kdtune.stage import Stage
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -191,6 +192,12 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.stage: Stage | None = None  # which of its layers are here, if a pipeline has it
+
+    def in_checkpoint(self, name: str) -> str:
+        """A parameter's name in a checkpoint, where a tied weight is once; the last stage of a pipeline has it too."""
+        is_tied = name == "lm_head.weight" and self.config.tie_embeddings
+        return "model.embed_tokens.weight" if is_tied else name
 
     @property
     def head(self) -> nn.Linear:

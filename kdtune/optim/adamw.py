@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from kdtune.dtensors import held, is_spread, like, local, norm_of_whole
 from kdtune.optim import moments
 from kdtune.optim.rounding import join, round_stochastically, split, widen
+from kdtune.stage import Stage
 
 Precision = Literal["fp32", "stochastic", "nearest"]
 Rounding = Callable[[Tensor, Tensor], object]  # (float32 value, where the rounded one goes)
@@ -38,6 +39,9 @@ class AdamW(torch.optim.Optimizer):
         precision: Precision = "fp32",
         offload: bool = False,
         seed: int = 0,
+        stage: Stage | None = None,
+        numbers: Mapping[Tensor, int] | None = None,
+        twins: Collection[Tensor] = (),
     ) -> None:
         """
         Args:
@@ -50,11 +54,18 @@ class AdamW(torch.optim.Optimizer):
                 and bf16 otherwise. Other weights take it as they are.
             offload: keep the state in host memory and compute there. Weights and gradients stay where they are.
             seed: of stochastic rounding. What is drawn depends on it, the step and the parameter, and on nothing else.
+            stage: whose parameters these are, if a pipeline has the others.
+            numbers: of each parameter among those of all stages; None: counted.
+            twins: those that another stage has as well, where their norm is counted.
         """
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self._name, self._precision, self._offload, self._seed = name, precision, offload, seed
         self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._index = {parameter: index for index, parameter in enumerate(self._groups)}
+        if numbers is not None:
+            self._index = {parameter: numbers[parameter] for parameter in self._groups}
+        self._stage = stage
+        self._twins = {self._index[parameter] for parameter in twins}
         self._norms: dict[int, Tensor] = {}  # of gradients that a step in the backward has freed
 
     @torch.no_grad()
@@ -87,8 +98,11 @@ class AdamW(torch.optim.Optimizer):
         waiting = [parameter for parameter in self._groups if parameter.grad is not None]
         norms = {self._index[p]: _norm(local(p.grad)) for p in waiting if p.grad is not None} or self._norms
         self._norms = {}
-        found = {parameter: norms[index] for parameter, index in self._index.items() if index in norms}
+        counted = norms.keys() - self._twins
+        found = {parameter: norms[index] for parameter, index in self._index.items() if index in counted}
         norm = norm_of_whole(found.values(), found)
+        if self._stage is not None:
+            norm = self._stage.sum(norm.square()).sqrt()
         if max_norm is not None and waiting:
             share = (max_norm / (norm + 1e-6)).clamp(max=1)  # as in torch.nn.utils.clip_grads_with_norm_
             torch._foreach_mul_([local(parameter.grad) for parameter in waiting], share)
@@ -101,6 +115,17 @@ class AdamW(torch.optim.Optimizer):
         if rest is None:
             return parameter.detach()
         return like(parameter, join(local(parameter.detach()).to(rest.device), rest))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each parameter by its number; of those of other stages only how many steps they took."""
+        packed = super().state_dict()
+        numbers = list(self._index.values())
+        packed["state"] = {numbers[index]: state for index, state in packed["state"].items()}
+        if self._stage is not None:
+            steps = {number: {"step": state["step"]} for number, state in packed["state"].items()}
+            for others in self._stage.gather(steps):
+                packed["state"] = others | packed["state"]
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

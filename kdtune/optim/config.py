@@ -1,11 +1,13 @@
 """The optimizer's settings, and what they lead to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from kdtune.config import setting
+from kdtune.models import Decoder, parameter_shapes
 from kdtune.optim import moments
 from kdtune.optim.adamw import AdamW, Precision
 
@@ -96,7 +98,22 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig, *, seed: int = 0) ->
         precision=cfg.resolved_precision,
         offload=cfg.offload,
         seed=seed,
+        **_among_stages(model),
     )
+
+
+def _among_stages(model: nn.Module) -> dict[str, Any]:
+    """Of a pipeline: where the parameters that are here are among those of the whole model."""
+    if not isinstance(model, Decoder) or model.stage is None:
+        return {}
+    shapes = parameter_shapes(model.config)
+    order = sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # matrices first, as in the groups
+    named = {parameter: model.in_checkpoint(name) for name, parameter in model.named_parameters()}
+    return {
+        "stage": model.stage,
+        "numbers": {parameter: order.index(name) for parameter, name in named.items()},
+        "twins": [model.head.weight] if model.config.tie_embeddings and model.stage.is_last else [],
+    }
 
 
 def accumulate_in_float32(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ import torch.multiprocessing as mp
 
 def run(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(*args)` in so many processes at a time, and what each returned."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    (port,) = free_ports(1)
     mp.spawn(_start, args=(size, port, function, folder, args), nprocs=size)
     return [torch.load(folder / f"answer_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at, each another."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _start(rank: int, size: int, port: int, function: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:

@@ -18,6 +18,7 @@ from kdtune.distributed import ParallelConfig
 from kdtune.documents import Documents
 from kdtune.dtensors import is_spread
 from kdtune.models import LoraConfig, QATConfig, trained_parameters
+from kdtune.pipeline_parallel import schedule
 from kdtune.teacher import LiveTeacher
 
 STEPS = 3
@@ -78,18 +79,22 @@ class Training:
         """Loss and gradient norm."""
         micro_batches = rows(number, lengths)
         num_tokens = data.count_labels(micro_batches)
-        mine = micro_batches[self.ranks.data_rank :: self.ranks.num_data_ranks]
-        most = -(-len(micro_batches) // self.ranks.num_data_ranks)
-        mine += [without_labels(packed=False)] * (most - len(mine))
-        mine = [self.ranks.share.of(batch) for batch in mine]
+        share = self.ranks.share
+        most = -(-len(micro_batches) // share.num_ranks)
+        mine = micro_batches[share.rank :: share.num_ranks]
+        mine = [share.of(batch) for batch in [*mine, *[without_labels(packed=False)] * (most - len(mine))]]
         total = torch.zeros((), dtype=torch.float64)
-        for i, batch in enumerate(mine):
+        waiting = {}
+        for direction, i in schedule(self.student, len(mine)):
+            if direction == "backward":
+                waiting.pop(i).backward()
+                continue
+            batch = mine[i]
             targets = self.teacher(batch)
             hidden = self.student.hidden(batch.tokens, batch.positions, batch.documents)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)
-            distributed.sync_gradients(self.student, is_last=i == len(mine) - 1)
-            loss.total.backward()
+            waiting[i] = loss.total
             total += loss.total.detach()
         norm = self.optimizer.clip_grad_norm(None if self.cfg.optimizer_in_bwd else 0.1)
         self.optimizer.step()

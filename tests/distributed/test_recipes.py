@@ -37,18 +37,19 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
         ["checkpointer.checkpoint_dir={}/student", "teacher_checkpointer.checkpoint_dir={}/teacher"],
     ),
     "context_parallel": (tiny_runs.distil, ["parallel.context=2"], ["dataset.packed=true"]),
+    "pipeline": (tiny_runs.distil, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
+    "finetune_pipeline": (tiny_runs.finetune, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
 }
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
 
-def work(tiny: Path, folder: Path) -> None:
-    port = int(os.environ["MASTER_PORT"])
-    for number, (name, (recipe, of_two, of_both)) in enumerate(RUNS.items()):
-        os.environ["MASTER_PORT"] = str(port + number)  # each run meets anew
+def work(tiny: Path, folder: Path, ports: list[int]) -> None:
+    for name, (recipe, of_two, of_both) in RUNS.items():
+        os.environ["MASTER_PORT"] = str(ports.pop())  # each run meets anew
         settings = [*HALVES, *(setting.format(folder) for setting in of_both), *of_two, *tiny_runs.validated_on(tiny)]
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
-        os.environ["MASTER_PORT"] = str(port + number + 10)
+        os.environ["MASTER_PORT"] = str(ports.pop())
         recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
 
 
@@ -57,7 +58,7 @@ def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
-    ranks.run(2, work, folder, tiny, folder)
+    ranks.run(2, work, folder, tiny, folder, ranks.free_ports(2 * len(RUNS)))
     return folder
 
 
@@ -98,6 +99,8 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
             ["parallel.context=2", "checkpointer.checkpoint_dir={}/three_heads"],
             "the student has 3 heads and 1 key heads",
         ),
+        (["parallel.pipeline=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.pipeline=2"),
+        (["parallel.pipeline=2"], "the student has 1. Take fewer stages"),
         (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
     ],
 )

@@ -1,0 +1,175 @@
+"""Ranks that each have some of the layers take the steps that one process takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from steps import Training, resume, rows, train
+from torch import Tensor
+
+from kdtune import checkpoint
+from kdtune.distributed import ParallelConfig
+from kdtune.generation import generate
+from kdtune.models import enable_activation_checkpointing, from_hf_config, parameter_shapes
+from kdtune.pipeline_parallel import layers_of_stages, one_forward_one_backward, weights_of_stages
+from kdtune.stage import Stage
+
+LENGTHS = (5, 1, 24, 9, 2)  # of the micro-batches of a step
+LAYOUTS = {  # by number of processes
+    2: {"staged": ParallelConfig(pipeline=2)},
+    4: {
+        "staged": ParallelConfig(pipeline=4),
+        "sharded": ParallelConfig(pipeline=2, data_shard=2),
+        "tensor": ParallelConfig(pipeline=2, tensor=2),
+        "context": ParallelConfig(pipeline=2, context=2),
+    },
+}
+PROMPTS = [[5, 3, 8], [7], [11, 2, 9, 4, 30]]
+
+
+@pytest.fixture(scope="module")
+def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with a tied head, whose ends are in two stages, and a wider teacher without."""
+    folder = tmp_path_factory.mktemp("models")
+    student = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    oracle("qwen3-tied_biases", **student).double().save_pretrained(folder / "student")
+    teacher = oracle("llama", num_hidden_layers=7, hidden_size=128, vocab_size=101)
+    teacher.double().save_pretrained(folder / "teacher")
+    return folder
+
+
+def say(models: Path, parallel: ParallelConfig) -> dict[str, Any]:
+    """Gradient norms with activation checkpointing, what both models say then, and which parameters are here."""
+    training = Training(models, parallel)
+    found: dict[str, Any] = {}
+    for mode in ("full", "selective"):
+        enable_activation_checkpointing(training.student, mode)
+        found[mode] = training.step(1, LENGTHS)
+    for role, model in (("student", training.student), ("teacher", training.teacher.model)):
+        with torch.no_grad():
+            found[f"{role} logits"] = model(rows(1)[0].tokens)
+        found[role] = generate(model.eval(), PROMPTS, max_new_tokens=5)
+    return found
+
+
+def sent(models: Path, parallel: ParallelConfig) -> list[float]:
+    """Bytes of a step, on and back."""
+    training = Training(models, parallel)
+    sizes = {False: 0, True: 0}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def count(stage: Stage, x: Tensor, *, back: bool = False) -> None:
+            sizes[back] += x.nbytes
+            send(stage, x, back=back)
+
+        send = Stage.send
+        patch.setattr(Stage, "send", count)
+        training.step(1, LENGTHS)
+    return training.ranks.all_sum(list(sizes.values()))
+
+
+def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
+    """What one process of so many does, one layout after the other."""
+    found: dict[str, Any] = {}
+    for name, parallel in LAYOUTS[size].items():
+        found[f"{name}_{size}"] = train(models, parallel, folder / f"{name}_{size}", LENGTHS)
+    if size == 2:
+        found["sent_2"] = sent(models, LAYOUTS[2]["staged"])
+        found["says_2"] = say(models, LAYOUTS[2]["staged"])
+        found["resumed: one to staged"] = resume(
+            models, LAYOUTS[2]["staged"], folder / "alone_1" / "kept", folder / "resumed", LENGTHS
+        )
+        found["resumed: staged to sharded"] = resume(
+            models, ParallelConfig(), folder / "staged_2" / "kept", folder / "resumed", LENGTHS
+        )
+    else:
+        found["resumed: two stages to four"] = resume(
+            models, LAYOUTS[4]["staged"], folder / "staged_2" / "kept", folder / "resumed", LENGTHS
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What the processes found; and the folder with what they wrote."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = ParallelConfig()
+    numbers: dict[str, Any] = {"alone_1": train(models, one, folder / "alone_1", LENGTHS), "says_1": say(models, one)}
+    for size in LAYOUTS:
+        answers = ranks.run(size, work, folder, size, models, folder)
+        for answer in answers:  # what is logged is the same on every process
+            torch.testing.assert_close(answer, answers[0], rtol=0, atol=0)
+        numbers |= answers[0]
+    for run in RUNS:
+        kept = folder / run / "kept"
+        numbers[f"resumed: {run} to one"] = resume(models, one, kept, folder / "resumed", LENGTHS)
+    return numbers, folder
+
+
+RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layouts]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
+    numbers, folder = found
+    torch.testing.assert_close(torch.tensor(numbers[run]), torch.tensor(numbers["alone_1"]), rtol=1e-9, atol=0)
+    trained, expected = (
+        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
+        for name in (run, "alone_1")
+    )
+    for name, weight in expected.items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_goes_on_in_any_layout(found: tuple[dict[str, Any], Path]) -> None:
+    numbers, _ = found
+    resumed = {name: values for name, values in numbers.items() if name.startswith("resumed: ")}
+    assert len(resumed) == 3 + len(RUNS)
+    for name, values in resumed.items():
+        expected = torch.tensor(numbers["alone_1"])[1:]
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-9, atol=0, msg=name)
+
+
+def test_what_the_models_say(found: tuple[dict[str, Any], Path]) -> None:
+    """With activations computed twice; logits and greedy continuations, on every stage."""
+    split, alone = found[0]["says_2"], found[0]["says_1"]
+    for key, expected in split.items():
+        torch.testing.assert_close(alone[key], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_crosses(found: tuple[dict[str, Any], Path]) -> None:
+    """Hidden states of both models on, gradients of the student's back; and the tied weight's gradient, once a step."""
+    positions = 2 * sum(LENGTHS)
+    assert found[0]["sent_2"] == [8 * positions * (64 + 128), 8 * positions * 64]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("behind", [0, 1, 3])
+def test_a_stage_keeps_one_more_than_there_are_behind_it(behind: int, count: int) -> None:
+    order = list(one_forward_one_backward(count, behind))
+    for direction in ("forward", "backward"):
+        assert [i for each, i in order if each == direction] == list(range(count))
+    kept = list(accumulate(1 if direction == "forward" else -1 for direction, _ in order))
+    assert min(kept) >= 0
+    assert kept[-1] == 0
+    assert max(kept) == min(count, behind + 1)
+
+
+def test_the_last_stage_gets_fewer_layers_for_its_head() -> None:
+    """Llama 3.2 1B: the head has as many weights as 4.3 layers."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = from_hf_config({"model_type": "llama", **shape, **heads, "tie_word_embeddings": True})
+    assert [len(layers) for layers in layers_of_stages(config, 2)] == [10, 6]
+    assert [len(layers) for layers in layers_of_stages(config, 4)] == [5, 5, 5, 1]
+    assert [len(layers) for layers in layers_of_stages(config, 16)] == [1] * 16
+    stages = weights_of_stages(config, 4)
+    assert sorted(chain(*stages)) == sorted(parameter_shapes(config))
+    assert stages[0][0] == "model.embed_tokens.weight"
+    assert stages[-1][-1] == "model.norm.weight"
