@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -77,6 +79,14 @@ def memory(device: torch.device) -> int:
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return torch.accelerator.get_memory_info(device)[1]
+
+
+def free_host_memory() -> int:
+    """Bytes of the host that a process can get without pushing out another's."""
+    known = Path("/proc/meminfo")
+    if known.exists() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", known.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return memory(torch.device("cpu"))
 
 
 def describe(device: torch.device) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from kdtune import devices, pipeline_parallel
 from kdtune.config import setting
 from kdtune.data import Share
-from kdtune.models import Decoder, is_quantized
+from kdtune.models import Decoder, is_quantized, trained_parameters
 from kdtune.stage import Stage
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Ranks:
         size: how many there are.
         mesh: of `DIMENSIONS`; None if it is alone.
         stage: its place in a pipeline; None without one.
+        group: of all of them, over which they speak; None is torch's first one.
     """
 
     device: torch.device
@@ -59,6 +61,7 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None
     stage: Stage | None = None
+    group: dist.ProcessGroup | None = None
     _meshes: dict[tuple[int, ...], DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -112,7 +115,7 @@ class Ranks:
             values = torch.tensor(values, dtype=torch.float64)
         if self.mesh is not None:
             values = values.clone() if self.mesh.get_local_rank("tensor") == 0 else torch.zeros_like(values)
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values.tolist()
 
     def total(self, count: int) -> int:
@@ -123,7 +126,7 @@ class Ranks:
         """The largest of all ranks."""
         found = torch.tensor(value, dtype=torch.float64)
         if self.mesh is not None:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return found.item()
 
     def any(self, flag: bool) -> bool:
@@ -134,13 +137,51 @@ class Ranks:
         """That of each rank."""
         values = [value] * self.size
         if self.mesh is not None:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(self.group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Until all ranks are here; an error of one inside is then raised on all, so that nobody waits for it.
+
+        For what each does by itself: a collective inside would wait.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        kinds = (kind for kind in (OSError, ValueError, FloatingPointError) if isinstance(failure, kind))
+        failures = self.gather(None if failure is None else (next(kinds, RuntimeError), str(failure)))
+        if failure is not None:
+            raise failure
+        for kind, text in filter(None, failures):
+            raise kind(text)
+
+    def apart(self) -> Ranks:
+        """The same ranks on the host, over a group of their own: for a thread that speaks while training does."""
+        if self.mesh is None:
+            return self
+        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        return replace(self, device=torch.device("cpu"), group=group)
+
+    def mesh_like(self, mesh: DeviceMesh) -> DeviceMesh:
+        """That over whose groups these ranks speak, of one that training has. All must call."""
+        if self.group is None:
+            return mesh
+        root = mesh._get_root_mesh()
+        names = root.mesh_dim_names or ()
+        if root.shape not in self._meshes:
+            # Named, or a dimension of all ranks would have torch's first group.
+            backends: dict[Any, Any] = dict.fromkeys(names, "gloo")
+            made = dist.init_device_mesh("cpu", root.shape, mesh_dim_names=names, backend_override=backends)
+            self._meshes[root.shape] = made
+        return self._meshes[root.shape][mesh.mesh_dim_names or ()]
 
     def leave(self) -> None:
         """The last call: without it torch complains."""
@@ -280,8 +321,9 @@ def _units(model: Decoder) -> list[Any]:
     return [unit for unit in units if any(True for _ in unit.parameters())]  # those of this stage of a pipeline
 
 
-def reshard(model: nn.Module) -> None:
-    """Let go of whole weights: a forward that no backward followed leaves some gathered."""
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by name, of which each process has its part."""
     for module in model.modules():
-        if let_go := getattr(module, "reshard", None):  # FSDPModule's
-            let_go()
+        if reshard := getattr(module, "reshard", None):  # FSDPModule's; a forward without a backward left some gathered
+            reshard()
+    return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}

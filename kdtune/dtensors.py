@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -35,11 +36,18 @@ def held(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
 
 
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """The tensor that lies over the processes as `tensor` does, and of which this one holds `part`."""
+def like(tensor: Tensor, part: Tensor, mesh_like: Callable[[DeviceMesh], DeviceMesh] | None = None) -> Tensor:
+    """The tensor that lies over the processes as `tensor` does, and of which this one holds `part`.
+
+    Args:
+        tensor: one that lies over a mesh, or a plain one; then the part is all of it.
+        part: on the device of the mesh.
+        mesh_like: takes the mesh of `tensor`, and gives another one to lie over. None: the same.
+    """
     if not is_spread(tensor):
         return part
     mesh, placements = tensor.device_mesh, tensor.placements
+    mesh = mesh if mesh_like is None else mesh_like(mesh)
     return type(tensor).from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 

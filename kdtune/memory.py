@@ -1,4 +1,4 @@
-"""Bytes in words, and on the disk."""
+"""Bytes in words, on the disk, and of what is saved."""
 
 from __future__ import annotations
 
@@ -18,13 +18,24 @@ def disk(cfg: Any, model: ModelConfig) -> int:
         cfg: a recipe's settings.
         model: the architecture of what is trained.
     """
-    trained, dtype = num_parameters(model), devices.DTYPES[cfg.dtype]
-    finished = trained * devices.DTYPES[cfg.save_dtype or cfg.dtype].itemsize
+    trained, dtype = _trained(cfg, model)
+    finished = num_parameters(model) * devices.DTYPES[cfg.save_dtype or cfg.dtype].itemsize
     if cfg.lora is not None:
-        trained, dtype = sum(map(math.prod, trained_shapes(model, cfg.lora).values())), torch.float32
         finished = trained * dtype.itemsize + (finished if cfg.lora.save_merged else 0)
-    checkpoint = int(trained * (dtype.itemsize + optim.bytes_per_weight(cfg.optimizer, dtype)))
-    return finished + (2 * checkpoint if cfg.save_every_n_steps else 0)
+    return finished + (2 * checkpoint(cfg, model) if cfg.save_every_n_steps else 0)
+
+
+def checkpoint(cfg: Any, model: ModelConfig) -> int:
+    """Bytes of what changes in training: on the disk, or of a copy in memory."""
+    trained, dtype = _trained(cfg, model)
+    return int(trained * (dtype.itemsize + optim.bytes_per_weight(cfg.optimizer, dtype)))
+
+
+def _trained(cfg: Any, model: ModelConfig) -> tuple[int, torch.dtype]:
+    """How many numbers, and of which dtype."""
+    if cfg.lora is None:
+        return num_parameters(model), devices.DTYPES[cfg.dtype]
+    return sum(map(math.prod, trained_shapes(model, cfg.lora).values())), torch.float32
 
 
 def format_bytes(count: float) -> str:

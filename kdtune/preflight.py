@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdtune import checkpoint, devices, distributed, optim, tokenizers
+from kdtune import checkpoint, devices, distributed, memory, optim, tokenizers
 from kdtune.distributed import ParallelConfig, Ranks
 from kdtune.memory import format_bytes
 from kdtune.models import (
@@ -219,6 +219,41 @@ def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, student: Mode
         )
     check_vocabulary(tokenizer, student, "student")
     check_vocabulary(teacher_tokenizer, teacher, "teacher")
+
+
+def check_saving(cfg: Any, ranks: Ranks, model: ModelConfig) -> str:
+    """Refuse a run whose checkpoints will not fit on the disk, or in the host's memory on their way there.
+
+    Args:
+        cfg: a recipe's settings.
+        ranks: the processes.
+        model: the architecture of what is trained.
+
+    Returns:
+        What they take of memory, in words that continue a line; none unless they are written in the background.
+
+    Raises:
+        PermissionError: nothing can be written there.
+        ValueError: gives needed and free bytes; or there are no checkpoints to write in the background.
+    """
+    check_disk_space(Path(cfg.output_dir), memory.disk(cfg, model))
+    if not cfg.save_in_background:
+        return ""
+    if not cfg.save_every_n_steps:
+        raise ValueError(
+            "save_in_background=true is about the checkpoints of save_every_n_steps, which is 0: there are none but "
+            "that of an interruption, which is waited for. Leave it out, or give save_every_n_steps."
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    needed = memory.checkpoint(cfg, model) * here * cfg.parallel.data_replicate // ranks.size
+    free = devices.free_host_memory()
+    if free < needed:
+        raise ValueError(
+            f"save_in_background=true keeps a copy of what a checkpoint holds in the host's memory. It takes "
+            f"{format_bytes(needed)} on this machine, and {format_bytes(free)} are free. Leave it out: training then "
+            "waits until a checkpoint is written."
+        )
+    return f"; checkpoints are written from a copy, {format_bytes(needed)} of host memory"
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

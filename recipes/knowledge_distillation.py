@@ -39,7 +39,6 @@ from kdtune import (
     distributed,
     generation,
     losses,
-    memory,
     metrics,
     models,
     optim,
@@ -97,6 +96,7 @@ class Config:
     output_dir: str = setting(MISSING, path=True)  # metrics, checkpoints and the finished student go here
     save_dtype: devices.Dtype | None = None  # of the finished student's weights; null: dtype
     save_every_n_steps: int = setting(0, ge=0)  # optimizer steps between checkpoints to resume from; 0: none
+    save_in_background: bool = False  # write checkpoints while training goes on, from a copy in host memory
     resume_from_checkpoint: bool = False  # continue the run in output_dir from its newest checkpoint
     overwrite_output_dir: bool = False  # if not resuming, delete the run that output_dir holds
     run_val_every_n_steps: int = setting(0, ge=0)  # optimizer steps between validations; 0: only before and after
@@ -117,9 +117,7 @@ def main(cfg: Config) -> None:
 
     writer = checkpoint.ModelWriter(student, cfg, inputs.student_config, inputs.companions, optimizer.master, ranks)
     torch.manual_seed(cfg.seed + ranks.rank)  # of dropout; a run that is resumed gets its own states back
-    run = checkpoint.Run(
-        Path(cfg.output_dir), inputs.resume_from, writer.write, ranks, optimizer=optimizer, loader=inputs.loader
-    )
+    run = checkpoint.Run(Path(cfg.output_dir), inputs.resume_from, writer, optimizer=optimizer, loader=inputs.loader)
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), run.step, ranks.is_first)
 
@@ -130,7 +128,7 @@ def main(cfg: Config) -> None:
 
     throughput = metrics.Throughput()
     profiler = profiling.Profiler(cfg.profiler, run.output_dir / "profile" / ranks.folder, ranks.device, run.step)
-    with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler:
+    with Interrupt(ranks.any) as interrupt, metrics.progress_bar(inputs.num_steps, run.step) as bar, profiler, run:
         for step in range(run.step + 1, inputs.num_steps + 1):
             # The whole step is fetched first: its label count normalises every micro-batch.
             micro_batches = inputs.loader.next_step()
@@ -176,7 +174,7 @@ def main(cfg: Config) -> None:
                 )
                 throughput.restart()
             if interrupt.has_come() or (cfg.save_every_n_steps and (last or step % cfg.save_every_n_steps == 0)):
-                folder = run.save()
+                folder = run.save(in_background=cfg.save_in_background and not interrupt.received)
                 throughput.restart()
                 if interrupt.received and not last:
                     bar.close()
@@ -331,7 +329,7 @@ def check(cfg: Config) -> Inputs:
     for role, model in (("student", student), ("teacher", teacher)):
         preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, role)
 
-    preflight.check_disk_space(output_dir, memory.disk(cfg, student))
+    saving = preflight.check_saving(cfg, ranks, student)
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
     loaded = load_data(cfg, tokenizer, vocab_size, ranks)
@@ -347,7 +345,7 @@ def check(cfg: Config) -> Inputs:
     print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {ranks.describe()}"
-    print(f"run       {steps}, into {output_dir}, {done} done")
+    print(f"run       {steps}, into {output_dir}, {done} done{saving}")
     print(f"memory    {planning.describe(cfg, build, forward_backward, ranks)}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_header, read_into
-from kdtune.distributed import reshard
+from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_header, read_into, write_tensors
+from kdtune.distributed import ALONE, Ranks, trained_weights
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
@@ -243,7 +242,8 @@ def save_adapter(
     *,
     base: str,
     companions: Mapping[str, bytes] | None = None,
-    is_writer: bool = True,
+    trained: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write what `add_lora` added to a model. Processes that hold it together all call, and one of them writes.
 
@@ -253,32 +253,26 @@ def save_adapter(
         cfg: what `add_lora` was given.
         base: folder of the model without it.
         companions: other files for the folder, by name, as from `read_companions`.
-        is_writer: this process writes.
+        trained: its values by name, if they are not those that the model has now.
+        ranks: the processes that hold it together.
 
     Raises:
         FloatingPointError: a number is not finite. Nothing could be done with such an adapter.
+        OSError: the disk is full or not writable.
     """
-    from safetensors.torch import save_file
-
-    reshard(model)
-    trained = trained_parameters(model)
-    if broken := [name for name, parameter in trained.items() if not local(parameter).isfinite().all()]:
-        raise FloatingPointError(
-            f"{_some(broken)} hold numbers that are not finite, so the adapter is not written; what was saved before "
-            "is untouched. Resume from there with a lower learning rate."
-        )
+    with ranks.together():
+        trained = trained_weights(model) if trained is None else trained
+        if broken := [name for name, value in trained.items() if not local(value).isfinite().all()]:
+            raise FloatingPointError(
+                f"{_some(broken)} hold numbers that are not finite, so the adapter is not written; what was saved "
+                "before is untouched. Resume from there with a lower learning rate."
+            )
     tensors = {}
-    for name, parameter in trained.items():
-        gathered = whole(parameter.detach())
-        for twin in _twins(name, model.config) if is_writer else ():
+    for name, value in trained.items():
+        gathered = whole(value)
+        for twin in _twins(name, model.config) if ranks.is_first else ():
             tensor = gathered.T if twin in _TRANSPOSED else gathered
             tensors[_PREFIX + _TRANSPOSED.get(twin, twin)] = tensor.to("cpu", copy=True).contiguous()
-    if not is_writer:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (companions or {}).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
     adapted = {_module(twin) for name in trained if ".lora_" in name for twin in _twins(name, model.config)}
     trained_whole = {_module(twin) for name in trained if ".lora_" not in name for twin in _twins(name, model.config)}
     settings = {
@@ -288,9 +282,15 @@ def save_adapter(
         "modules_to_save": sorted(trained_whole) or None,
         "ensure_weight_tying": model.config.tie_embeddings and EMBEDDING in adapted | trained_whole,
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors 0.8 lets nobody but the owner read
+    with ranks.together():
+        if not ranks.is_first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (companions or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        write_tensors(folder / WEIGHTS, tensors)
 
 
 def _settings(cfg: LoraConfig) -> dict[str, Any]:

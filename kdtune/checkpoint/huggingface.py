@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from kdtune.checkpoint.scaled import (
     with_scales,
 )
 from kdtune.checkpoint.source import Source
-from kdtune.checkpoint.weights import DTYPES, StoredTensor, has_data, read_header
-from kdtune.distributed import reshard
+from kdtune.checkpoint.weights import DTYPES, StoredTensor, has_data, read_header, write_tensors
+from kdtune.distributed import ALONE, Ranks, trained_weights
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
     Decoder,
@@ -38,7 +38,6 @@ from kdtune.models import (
     parameter_shapes,
     quantize_linear,
     quantized_shapes,
-    trained_parameters,
 )
 from kdtune.tokenizers import ChatTemplate
 
@@ -248,14 +247,14 @@ def save_model(
     dtype: torch.dtype | None = None,
     qat: QATConfig | None = None,
     master: Callable[[Tensor], Tensor] = Tensor.detach,
+    trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-    rank: int = 0,
-    num_ranks: int = 1,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a folder that this module, transformers and everything compatible with it can open.
 
-    Several ranks that hold a model together call it at the same time. Each writes some of the files, and none holds
-    more than one of them and a weight.
+    Several ranks that hold a model together call it at the same time. Each writes some of the files, all at a time,
+    and none holds more than one of them and a weight.
 
     Args:
         model: what to write; if it has adapters, they are merged.
@@ -266,26 +265,16 @@ def save_model(
         dtype: of the written weights. None: as they are in memory.
         qat: write the integers that training rounds weights to, in the format compressed-tensors. None: the weights.
         master: the weight that steps change, of a parameter that is less precise than `dtype`.
+        trained: values of all parameters by name, if they are not those that the model has now.
         max_shard_size: bytes; weights beyond it are spread over several files with an index.
-        rank: which of the processes that write together this is.
-        num_ranks: how many they are.
+        ranks: the processes that write together.
 
     Raises:
         FloatingPointError: a weight is not a number. Nothing could be done with such a folder.
+        OSError: the disk is full or not writable.
     """
     assert from_hf_config(config) == model.config, "config describes another model"
-    reshard(model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (companions or {}).items() if rank == 0 else ():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    trained = trained_parameters(model).items()
-    if broken := [name for name, parameter in trained if not local(parameter).isfinite().all()]:
-        raise FloatingPointError(
-            f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before is "
-            "untouched. Resume from there with a lower learning rate."
-        )
     quantized = {} if qat is None else quantized_shapes(model.config)
     dtype = dtype or model.head.weight.dtype
     is_wider = dtype.itemsize > model.head.weight.dtype.itemsize
@@ -294,8 +283,19 @@ def save_model(
     config[dtype_key] = str(dtype).removeprefix("torch.")
     if qat is not None:
         config[QUANTIZATION_KEYS[0]] = compressed_config(qat)
-    if rank == 0:
-        _write_json(folder / "config.json", config)
+    with ranks.together():
+        values = trained_weights(model) if trained is None else trained
+        if broken := [name for name, value in values.items() if not local(value).isfinite().all()]:
+            raise FloatingPointError(
+                f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before "
+                "is untouched. Resume from there with a lower learning rate."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if ranks.is_first:
+            for name, content in (companions or {}).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+            _write_json(folder / "config.json", config)
 
     shapes = parameter_shapes(model.config)
     stage, count = (0, 1) if model.stage is None else (model.stage.index, model.stage.count)
@@ -304,7 +304,8 @@ def save_model(
     def stored(name: str, is_written: bool) -> dict[str, Tensor]:
         if name not in by_stage[stage]:
             return {name: torch.empty(shapes[name], dtype=dtype, device="meta")}
-        weight = whole(merged(model, name, master if is_wider else Tensor.detach))
+        value = merged(model, name, master if is_wider else Tensor.detach) if trained is None else trained[name]
+        weight = whole(value)
         if not is_written:
             weight = weight.to("meta")
         if qat is not None and name in quantized:
@@ -312,47 +313,50 @@ def save_model(
         return {name: weight.to("cpu" if is_written else "meta", dtype).contiguous()}
 
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    max_size = min(max_shard_size, -(-sum(sizes.values()) // num_ranks))
-    shards: dict[tuple[str, ...], int] = {}  # names, and the rank that writes them
+    max_size = min(max_shard_size, -(-sum(sizes.values()) // ranks.size))
+    shards: list[_Shard] = []
     for number, names in enumerate(by_stage):
-        first, ranks = num_ranks // count * number, num_ranks // count
+        num_writers = ranks.size // count
         for i, shard in enumerate(_split({name: sizes[name] for name in names}, max_size)):
-            shards[tuple(shard)] = first + i % ranks
-    _write_weights(folder, shards, stored, rank)
+            shards.append(_Shard(shard, num_writers * number + i % num_writers, turn=i // num_writers))
+    _write_weights(folder, shards, stored, ranks)
+
+
+class _Shard(NamedTuple):
+    """What goes into a file."""
+
+    names: Sequence[str]
+    writer: int  # the rank that writes it
+    turn: int  # in which all writers write one file each
 
 
 def _write_weights(
-    folder: Path,
-    shards: Mapping[tuple[str, ...], int],
-    stored: Callable[[str, bool], dict[str, Tensor]],
-    rank: int,
+    folder: Path, shards: Sequence[_Shard], stored: Callable[[str, bool], dict[str, Tensor]], ranks: Ranks
 ) -> None:
-    """A file for each shard, of these names and by that rank, and an index of several.
-
-    `stored` makes the tensors of a weight, on `meta` if told so.
-    """
-    from safetensors.torch import save_file
-
+    """A file for each shard, and an index of several. `stored` makes the tensors of a weight, on `meta` if told so."""
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     total_size = 0
-    for file_name, (shard, writer) in zip(names, shards.items(), strict=True):
-        is_written = writer == rank
-        tensors: dict[str, Tensor] = {}
-        for name in shard:
-            tensors |= stored(name, is_written)
-        if is_written:
-            path = folder / file_name
-            path.touch()
-            mode = path.stat().st_mode
-            save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
-            path.chmod(mode)  # safetensors 0.8 lets nobody but the owner read
-        weight_map |= dict.fromkeys(tensors, file_name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1 and rank == 0:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    for turn in range(1 + max(shard.turn for shard in shards)):
+        own: dict[str, dict[str, Tensor]] = {}
+        for file_name, shard in zip(names, shards, strict=True):
+            if shard.turn != turn:
+                continue
+            tensors: dict[str, Tensor] = {}
+            for name in shard.names:
+                tensors |= stored(name, shard.writer == ranks.rank)
+            if shard.writer == ranks.rank:
+                own[file_name] = tensors
+            weight_map |= dict.fromkeys(tensors, file_name)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+        with ranks.together():
+            for file_name, tensors in own.items():
+                write_tensors(folder / file_name, tensors)
+    with ranks.together():
+        if len(shards) > 1 and ranks.is_first:
+            _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def read_companions(

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdtune.checkpoint.adapters import save_adapter
 from kdtune.checkpoint.huggingface import save_model
 from kdtune.checkpoint.state import Run
-from kdtune.distributed import Ranks
+from kdtune.distributed import Ranks, trained_weights
 from kdtune.models import Decoder
 
 
@@ -39,10 +39,20 @@ class ModelWriter:
     master: Callable[[Tensor], Tensor]
     ranks: Ranks
 
-    def write(self, folder: Path) -> None:
-        """What training can go on from."""
+    def trained(self) -> dict[str, Tensor]:
+        """All that steps change, by name."""
+        return trained_weights(self.model)
+
+    def write(self, folder: Path, trained: Mapping[str, Tensor] | None = None, ranks: Ranks | None = None) -> None:
+        """Write what training can go on from.
+
+        Args:
+            folder: new or empty.
+            trained: as `trained` gave it, or a copy. None: as it is now.
+            ranks: among which it lies. None: those of training.
+        """
         if self.cfg.lora is None:
-            self._save_model(folder)
+            self._save_model(folder, trained=trained, ranks=ranks or self.ranks)
         else:
             save_adapter(
                 self.model,
@@ -50,7 +60,8 @@ class ModelWriter:
                 self.cfg.lora,
                 base=self.cfg.checkpointer.checkpoint_dir,
                 companions=self.companions,
-                is_writer=self.ranks.is_first,
+                trained=trained,
+                ranks=ranks or self.ranks,
             )
 
     def finish(self, run: Run, dtype: torch.dtype) -> str:
@@ -69,7 +80,8 @@ class ModelWriter:
             base = shlex.quote(self.cfg.checkpointer.checkpoint_dir)
             source = f"{base} checkpointer.adapter_dir={shlex.quote(str(adapter))}"
         if self.cfg.lora is None or self.cfg.lora.save_merged:
-            write_model = functools.partial(self._save_model, dtype=dtype, qat=self.cfg.qat, master=self.master)
+            settings = {"dtype": dtype, "qat": self.cfg.qat, "master": self.master, "ranks": self.ranks}
+            write_model = functools.partial(self._save_model, **settings)
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"
 
@@ -80,12 +92,4 @@ class ModelWriter:
         return f"kdtune run generate {found_by} device={self.cfg.device} dtype={self.cfg.dtype} {chat}prompt={prompt}"
 
     def _save_model(self, folder: Path, **settings: Any) -> None:
-        save_model(
-            self.model,
-            folder,
-            config=self.config,
-            companions=self.companions,
-            rank=self.ranks.rank,
-            num_ranks=self.ranks.size,
-            **settings,
-        )
+        save_model(self.model, folder, config=self.config, companions=self.companions, **settings)

@@ -10,21 +10,30 @@ A folder is written aside under a name that starts with a dot, flushed to the di
 its final name is complete.
 """
 
+from __future__ import annotations
+
+import functools
 import json
 import os
 import pickle
 import platform
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kdtune import __version__
+from kdtune.checkpoint.background import Background
 from kdtune.distributed import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Stateful(Protocol):
@@ -33,6 +42,17 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Trained(Protocol):
+    """What training changes, a model or an adapter of one, and the processes that hold it. See `ModelWriter`."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    def trained(self) -> dict[str, Tensor]: ...
+
+    def write(self, folder: Path, trained: Mapping[str, Tensor], ranks: Ranks) -> None: ...
 
 
 STATE_FILE = "training_state.pt"
@@ -138,27 +158,29 @@ def check_resume(resume_from: Path | None, loader: Stateful, num_steps: int) -> 
 class Spread(Protocol):
     """What may be held by several processes together: an optimizer."""
 
-    def spread_state(self) -> dict[str, Tensor]: ...
+    def spread_state(
+        self,
+        saved: Mapping[int, Mapping[str, Any]] | None = None,
+        mesh_like: Callable[[DeviceMesh], DeviceMesh] | None = None,
+    ) -> dict[str, Tensor]: ...
 
 
 class Run:
-    """The state of a training run: where it stands, and how it gets to the disk and back."""
+    """The state of a training run: where it stands, and how it gets to the disk and back.
 
-    def __init__(
-        self,
-        output_dir: Path,
-        resume_from: Path | None,
-        write_model: Callable[[Path], None],
-        ranks: Ranks = ALONE,
-        **parts: Stateful,
-    ) -> None:
+    with run:  # at its end nothing is still being written, whatever ended it
+        for run.step in ...:
+            ...
+            run.save(in_background=True)
+    """
+
+    def __init__(self, output_dir: Path, resume_from: Path | None, model: Trained, **parts: Stateful) -> None:
         """Continue from a checkpoint, or start in an output folder cleared of an earlier run.
 
         Args:
             output_dir: folder of the run.
             resume_from: what `prepare_output_dir` returned.
-            write_model: writes what is trained into the path that it is given: a Hugging Face folder, or an adapter.
-            ranks: the processes of the run, which all call its methods.
+            model: what is trained, by processes that all call this object's methods.
             parts: whatever has to continue with its state, such as the optimizer.
 
         Raises:
@@ -166,9 +188,10 @@ class Run:
         """
         self.output_dir = output_dir
         self.step = 0  # optimizer steps done
-        self._write_model = write_model
-        self._ranks = ranks
+        self._model = model
+        self._ranks = ranks = model.ranks
         self._parts = parts
+        self._background = Background(ranks)
         if ranks.is_first:
             output_dir.mkdir(parents=True, exist_ok=True)
             if resume_from is None:
@@ -186,24 +209,75 @@ class Run:
             if ranks.is_first:
                 _delete_others(resume_from)
 
-    def save(self) -> Path:
-        """Write `checkpoints/step_N` of the present step, then delete the older ones and what a crash left there."""
+    def save(self, in_background: bool = False) -> Path:
+        """Write `checkpoints/step_N` of the present step, then delete the older ones and what a crash left there.
 
-        def write(folder: Path) -> None:
-            self._write_model(folder)
-            state = {name: part.state_dict() for name, part in self._parts.items()}
-            if self._ranks.size > 1:
-                for name, part in self._parts.items():
-                    if isinstance(part, Spread):
-                        state[name] = _write_spread(folder / name, part, state[name])
-            random = self._ranks.gather(_random_state())
-            if self._ranks.is_first:
-                torch.save({**state, "step": self.step, "random": random}, folder / STATE_FILE)
+        Args:
+            in_background: return as soon as all is copied to the host's memory, and write the copy while training goes
+                on. What stops the writing is raised by what next waits for it: another `save`, `finish`, `wait`.
 
-        folder = write_aside(self._folder(), write, self._ranks)
-        if self._ranks.is_first:
-            _delete_others(folder)
+        Raises:
+            OSError: the disk is full or not writable. The newest checkpoint is still the one before.
+            FloatingPointError: a weight is not a number.
+        """
+        self.wait()
+        folder = self._folder()
+        content = {
+            "trained": self._model.trained(),
+            "state": {name: part.state_dict() for name, part in self._parts.items()}
+            | {"step": self.step, "random": _random_state()},
+        }
+        write = functools.partial(self._write, folder)
+        if in_background:
+            self._background.start(write, content)
+        else:
+            write(content, self._ranks)
         return folder
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written in the background.
+
+        Raises:
+            Exception: as `save`, for the one that was.
+        """
+        self._background.wait()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        if value is None:
+            self.wait()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait, for a run that fails for another reason."""
+        try:
+            self.wait()
+        except Exception as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _write(self, folder: Path, content: dict[str, Any], ranks: Ranks) -> None:
+        def write(aside: Path) -> None:
+            self._model.write(aside, content["trained"], ranks)
+            state = dict(content["state"])
+            for name, part in self._parts.items() if ranks.size > 1 else ():
+                if isinstance(part, Spread):
+                    state[name] = _write_spread(aside / name, part, state[name], ranks)
+            state["random"] = ranks.gather(state["random"])
+            with ranks.together():
+                if ranks.is_first:
+                    _write_state(aside / STATE_FILE, state)
+
+        try:
+            write_aside(folder, write, ranks)
+        except OSError as error:
+            newest = latest(self.output_dir)
+            kept = f"The newest checkpoint is {newest}" if newest else "No checkpoint was saved before"
+            raise OSError(f"{folder} could not be written: {error}. {kept}.") from error
+        if ranks.is_first:
+            _delete_others(folder)
 
     def _folder(self) -> Path:
         return self.output_dir / "checkpoints" / f"step_{self.step:08d}"
@@ -211,6 +285,7 @@ class Run:
     def finish(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Write a result, `model` or `adapter`; a checkpoint from an interruption must not stay older than it."""
         assert name in _FINISHED
+        self.wait()
         newest = latest(self.output_dir)
         if newest is not None and newest != self._folder():
             self.save()
@@ -226,6 +301,7 @@ class Run:
 
     def not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool = False) -> FloatingPointError:
         """The error for a loss or a gradient that is not a number, in a step that is still to be applied or is not."""
+        self._settle()
         newest = latest(self.output_dir)
         kept = f"The checkpoint {newest} is from before." if newest else "No checkpoint was saved before."
         fate = "was applied within the backward (optimizer_in_bwd=true)" if applied else "was not applied"
@@ -245,15 +321,15 @@ def write_aside(folder: Path, write: Callable[[Path], None], ranks: Ranks = ALON
         OSError: the disk is full or not writable; `folder` is then as it was.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
-    if ranks.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    ranks.wait()
+    with ranks.together():
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
     write(aside)
     ranks.wait()
-    if ranks.is_first:
-        _put_in_place(aside, folder)
-    ranks.wait()
+    with ranks.together():
+        if ranks.is_first:
+            _put_in_place(aside, folder)
     return folder
 
 
@@ -282,11 +358,24 @@ def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
         ) from error
 
 
-def _write_spread(folder: Path, part: Spread, state: dict[str, Any]) -> dict[str, Any]:
+def _write_state(file: Path, state: dict[str, Any]) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # of a disk that is full (torch 2.13)
+        raise OSError(f"{file}: {error}") from error
+
+
+def _write_spread(folder: Path, part: Spread, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Every process writes the tensors that it holds; what is left of the state is returned."""
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(part.spread_state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    tensors = part.spread_state(state["state"], ranks.mesh_like)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
+    except dcp.api.CheckpointException as error:  # on all of them
+        (failure, _), *_ = error.failures.values()
+        raise OSError(f"{folder}: {failure}") from error
     steps = {index: {"step": entries["step"]} for index, entries in state["state"].items()}
     return {**state, "state": steps}
 

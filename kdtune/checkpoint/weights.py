@@ -1,4 +1,4 @@
-"""Read safetensors files piece by piece.
+"""Read safetensors files piece by piece, and write them.
 
 The library maps whole files, and pages once touched count as this process's memory until the file is closed. Reading
 into a small buffer keeps the peak at the model itself plus that buffer, whatever the tensors' sizes and dtypes.
@@ -105,6 +105,24 @@ def _place(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
 
 def _damaged(file: Path, how: str) -> str:
     return f"{file} is not a complete safetensors file: {how}. Download or copy it again."
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors of the host.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(dict(tensors), file, metadata={"format": "pt"})  # transformers asks for the format
+        file.chmod(mode)  # safetensors 0.8 lets nobody but the owner read
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
 
 
 def has_data(tensor: Tensor) -> bool:

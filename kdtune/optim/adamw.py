@@ -1,9 +1,11 @@
 """AdamW that chooses how weights are rounded, how moments are kept, where, and when a weight takes its step."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from kdtune.dtensors import held, is_spread, like, local, norm_of_whole
 from kdtune.optim import moments
 from kdtune.optim.rounding import join, round_stochastically, split, widen
 from kdtune.stage import Stage
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Precision = Literal["fp32", "stochastic", "nearest"]
 Rounding = Callable[[Tensor, Tensor], object]  # (float32 value, where the rounded one goes)
@@ -148,19 +153,26 @@ class AdamW(torch.optim.Optimizer):
                 state["rest"].copy_(self._held(parameter, saved["rest"]))
 
     @torch.no_grad()
-    def spread_state(self) -> dict[str, Tensor]:
+    def spread_state(
+        self,
+        saved: Mapping[int, Mapping[str, Any]] | None = None,
+        mesh_like: Callable[[DeviceMesh], DeviceMesh] | None = None,
+    ) -> dict[str, Tensor]:
         """Moments and rests by name, each lying over the processes as its parameter does, and floats instead of codes.
 
-        What is not there yet is made.
+        Args:
+            saved: the state of each parameter, from `state_dict` or a copy of that. None: this optimizer's; what is not
+                there yet is made.
+            mesh_like: as of `dtensors.like`.
         """
         tensors = {}
         for parameter, index in self._index.items():
-            state = self._state(parameter)
-            for key, signed in MOMENTS.items():
+            state = self._state(parameter) if saved is None else saved.get(index, {})
+            for key, signed in MOMENTS.items() if state else ():
                 value = moments.read(state[key], state.get(f"{key}_scale"), signed=signed)
-                tensors[f"{index}.{key}"] = like(parameter, value.view_as(local(parameter)))
+                tensors[f"{index}.{key}"] = like(parameter, value.view(local(parameter).shape), mesh_like)
             if "rest" in state:
-                tensors[f"{index}.rest"] = like(parameter, state["rest"])
+                tensors[f"{index}.rest"] = like(parameter, state["rest"], mesh_like)
         return tensors
 
     @staticmethod
@@ -184,7 +196,7 @@ class AdamW(torch.optim.Optimizer):
                 state["rest"] = torch.zeros_like(parameter, dtype=torch.int16, device=device)
         return state
 
-    def _copies(self, parameter: Tensor) -> "_Copies | None":
+    def _copies(self, parameter: Tensor) -> _Copies | None:
         """Of weight and gradient on the host, which are there as soon as they are `ready`."""
         if not self._offload:
             return None
@@ -196,7 +208,7 @@ class AdamW(torch.optim.Optimizer):
             return _Copies(weight, gradient, None)
         return _Copies(weight, gradient, torch.accelerator.current_stream(parameter.device).record_event())
 
-    def _step(self, parameter: Tensor, copies: "_Copies | None") -> None:
+    def _step(self, parameter: Tensor, copies: _Copies | None) -> None:
         if copies is None:
             assert parameter.grad is not None
             # The kernel takes gradients to lie in memory as the weights do, and some are transposed.

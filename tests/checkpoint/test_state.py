@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kdtune.checkpoint import Run, check_resume, latest, prepare_output_dir
 from kdtune.checkpoint import state as module
 from kdtune.checkpoint.state import STATE_FILE, write_aside
+from kdtune.distributed import ALONE, Ranks
 
 
 class Counter:
@@ -31,20 +33,37 @@ class Counter:
         self.value = state["value"]
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, weights: str = "weights") -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_text("weights")
+    (folder / "model.safetensors").write_text(weights)
+
+
+class Model:
+    """What is trained."""
+
+    ranks = ALONE
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(3)
+
+    def trained(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def write(self, folder: Path, trained: Mapping[str, Tensor], ranks: Ranks) -> None:
+        write_model(folder, str(trained["weight"].tolist()))
 
 
 def open_run(output_dir: Path, counter: Counter | None = None, *, resume: bool = False) -> Run:
     found = prepare_output_dir(output_dir, resume=resume, overwrite=False, sources=())
-    return Run(output_dir, found, write_model, counter=counter or Counter())
+    return Run(output_dir, found, Model(), counter=counter or Counter())
 
 
-def save_at(run: Run, step: int) -> Path:
+def save_at(run: Run, step: int, *, in_background: bool = False) -> Path:
     run.step = step
-    return run.save()
+    folder = run.save(in_background)
+    run.wait()
+    return folder
 
 
 def names(folder: Path) -> list[str]:
@@ -110,9 +129,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
         monkeypatch.setattr(module.os, name, counting(getattr(module.os, name)))
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("call", range(25))
 def test_a_crash_while_saving_keeps_a_complete_checkpoint(
-    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = Counter(11)
     run = open_run(tmp_path, counter)
@@ -121,7 +141,7 @@ def test_a_crash_while_saving_keeps_a_complete_checkpoint(
     with monkeypatch.context() as patch:
         crash_at(patch, call)
         try:
-            save_at(run, 2)
+            save_at(run, 2, in_background=in_background)
         except Crash:
             completed = False
         else:
@@ -201,7 +221,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert prepare_output_dir(tmp_path, resume=False, overwrite=True, sources=()) is None
     held = ["checkpoints", "metrics.jsonl", "model", "notes.txt", "other", "versions.json"]
     assert names(tmp_path) == held, "a check deletes nothing"
-    Run(tmp_path, None, write_model)
+    Run(tmp_path, None, Model())
     assert names(tmp_path) == ["notes.txt", "other", "versions.json"]
     assert (tmp_path / "other/model").is_dir()
 
@@ -219,7 +239,7 @@ def test_no_checkpoint_stays_older_than_the_finished_model(tmp_path: Path) -> No
 
 def test_a_run_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
     loader = Counter()
-    run = Run(tmp_path, None, write_model, loader=loader)
+    run = Run(tmp_path, None, Model(), loader=loader)
     run.step = 5
     folder = run.save()
     assert check_resume(folder, loader, num_steps=5) == 5

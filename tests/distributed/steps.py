@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,12 +126,16 @@ def train(
     """Steps, after the first a checkpoint, at the end the model."""
     training = Training(models, parallel, **settings)
     writer = write(training)
-    run = Run(folder, None, writer.write, training.ranks, optimizer=training.optimizer)
+    run = Run(folder, None, writer, optimizer=training.optimizer)
     numbers = []
     for run.step in range(1, STEPS + 1):
         numbers.append(training.step(run.step, lengths))
         if run.step == 1:
             shutil.copytree(run.save(), folder / "kept") if training.ranks.is_first else run.save()
+            training.ranks.wait()
+            in_background = run.save(in_background=True)
+    run.wait()
+    assert contents(in_background) == contents(folder / "kept"), "what training did meanwhile is in no file"
     with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
         training.student.hidden(torch.arange(4)[None])
     writer.finish(run, training.cfg.dtype)
@@ -138,6 +143,17 @@ def train(
         trained = trained_parameters(training.student).values()
         assert all(is_spread(parameter) for parameter in trained), "what is saved has its rest"
     return numbers
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All bytes of all files of a folder; safetensors writes the entries of a header in any order."""
+    found: dict[str, Any] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        name, content = str(path.relative_to(folder)), path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        is_headed = path.suffix == ".safetensors"
+        found[name] = (json.loads(content[8:end]), content[end:]) if is_headed else content
+    return found
 
 
 def resume(
@@ -150,7 +166,7 @@ def resume(
 ) -> list[list[float]]:
     """The steps after a checkpoint."""
     training = Training(models, parallel, start=start, **settings)
-    run = Run(folder, start, write(training).write, training.ranks, optimizer=training.optimizer)
+    run = Run(folder, start, write(training), optimizer=training.optimizer)
     return [training.step(step, lengths) for step in range(run.step + 1, STEPS + 1)]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import LENGTHS, Traffic, Training, resume, train
+from steps import LENGTHS, Traffic, Training, resume, train, write
 
 from kdtune import checkpoint, distributed
 from kdtune.checkpoint import weights
 from kdtune.checkpoint.state import Run
-from kdtune.distributed import ParallelConfig
+from kdtune.distributed import ParallelConfig, Ranks
 from kdtune.models import LoraConfig, from_hf_config, parameter_shapes, trained_shapes
 
 LAYOUTS = {  # by number of processes
@@ -55,13 +57,25 @@ def most_bytes_read(models: Path) -> float:
     return ranks.most(sum(pieces))
 
 
+class Nothing:
+    """What is trained, of which nothing is written."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def write(self, folder: Path, trained: Any, ranks: Ranks) -> None: ...
+
+
 def draw(folder: Path) -> list[list[float]]:
     """What each process draws after a checkpoint, and what it draws when it goes on from there."""
     ranks = distributed.join(ParallelConfig(), "cpu")
     torch.manual_seed(ranks.rank)
-    start = Run(folder, None, lambda folder: None, ranks).save()
+    start = Run(folder, None, Nothing(ranks)).save()
     drawn = torch.rand(1).item()
-    Run(folder, start, lambda folder: None, ranks)
+    Run(folder, start, Nothing(ranks))
     return ranks.gather([drawn, torch.rand(1).item()])
 
 
@@ -72,6 +86,25 @@ def traffic(models: Path, parallel: ParallelConfig, **settings: Any) -> list[int
     with Traffic() as traffic:
         training.step(2)
     return [traffic.gathered, traffic.scattered]
+
+
+def fill_disk(models: Path, folder: Path) -> list[str]:
+    """What is said where the disk of one process is full: for weights, and for the optimizer's state."""
+    training = Training(models, ParallelConfig())
+    training.step(1)
+    said = []
+    for model in (write(training), Nothing(training.ranks)):
+        run = Run(folder / "full", None, model, optimizer=training.optimizer)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if not training.ranks.is_first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        run.save(in_background=True)
+        training.step(2)
+        with pytest.raises(OSError, match="could not be written") as raised:
+            run.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        said.append(str(raised.value))
+    return said
 
 
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
@@ -87,6 +120,8 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
             found[f"from {name}"] = resume(
                 models, parallel, folder / f"{name}_1" / "kept", folder / "resumed", FEW, **settings
             )
+    if size == 2:
+        found["full"] = fill_disk(models, folder)
     return found | {
         f"from {run}": resume(models, ParallelConfig(), folder / run / "kept", folder / "resumed") for run in STARTS
     }
@@ -217,6 +252,14 @@ def test_files_are_written_by_all(run: str, found: tuple[dict[str, Any], Path]) 
     assert len(sizes) >= int(run[-1])
     largest = max(weight.nbytes for path in files for weight in load_file(path).values())
     assert max(sizes) < sum(sizes) / int(run[-1]) + largest
+
+
+def test_a_full_disk_of_one_process_is_said_by_all(found: tuple[dict[str, Any], Path]) -> None:
+    numbers, folder = found
+    of_weights, of_state = numbers["full_2"]
+    assert re.search(r"model-0000\d-of-0000\d.safetensors: .*File too large", of_weights)
+    assert re.search(r"optimizer: .*File too large", of_state)
+    assert not list((folder / "full" / "checkpoints").glob("step_*")), "nothing looks complete"
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,13 +136,67 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(
 def test_stopped_again_and_again(
     tiny: Path, uninterrupted: Path, tmp_path: Path, during_step: Callable[[int, Callable[[], None]], None]
 ) -> None:
+    saving = ["save_every_n_steps=1", "save_in_background=true"]
     for steps in (2, 1, 3):
         during_step(steps, send(signal.SIGTERM))
         with pytest.raises(SystemExit):
-            distil(tiny, tmp_path, *settings(tiny), "resume_from_checkpoint=true")
+            distil(tiny, tmp_path, *settings(tiny), "resume_from_checkpoint=true", *saving)
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1, "nothing is half done"
+        saving = []
     distil(tiny, tmp_path, *settings(tiny), "resume_from_checkpoint=true")
     tiny_runs.assert_same_run(uninterrupted, tmp_path)
     assert_same_state(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("overrides", [[], ["dtype=bf16", "optimizer.name=adamw_8bit"], ["lora.rank=2"]])
+def test_checkpoints_written_in_the_background_are_the_same(
+    overrides: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, though steps are taken while they are written."""
+    monkeypatch.setattr(state, "_delete_others", lambda newest: None)
+    monkeypatch.setattr(state, "_flush", lambda path: time.sleep(0.01))  # of a slow disk
+    waiting, background = (
+        distil(tiny, tmp_path / name, "save_every_n_steps=3", *overrides, f"save_in_background={flag}")
+        for name, flag in (("waiting", "false"), ("background", "true"))
+    )
+    for folder in (waiting / "checkpoints", waiting / "model", waiting / "adapter"):
+        files = {path.relative_to(waiting): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert {path: (background / path).read_bytes() for path in files} == files
+    assert len(list((background / "checkpoints").iterdir())) == 3
+    assert tiny_runs.numbers(waiting) == tiny_runs.numbers(background)
+
+
+@pytest.mark.parametrize("flag", ["false", "true"])
+def test_a_full_disk(
+    flag: str,
+    tiny: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    during_step: Callable[[int, Callable[[], None]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It ends the run with one message. The checkpoint before stays, and the run can be continued."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = tmp_path / "checkpoints" / "step_00000004"
+
+    def fill() -> None:
+        while state.latest(tmp_path) != kept:
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    during_step(6, fill)
+    saving = ["save_every_n_steps=2", f"save_in_background={flag}"]
+    try:
+        with pytest.raises(SystemExit) as end:
+            distil(tiny, tmp_path, *settings(tiny), *saving)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.value.code == 2
+    said = rf"kdtune: error: .*step_00000006 could not be written: .*File too large.* is {kept}\."
+    assert re.fullmatch(said, capsys.readouterr().err.strip())
+    assert state.latest(tmp_path) == kept
+    distil(tiny, tmp_path, *settings(tiny), "resume_from_checkpoint=true")
+    tiny_runs.assert_same_run(uninterrupted, tmp_path)
 
 
 class Crash(BaseException):
@@ -269,14 +326,24 @@ assert run(argv) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("kills", ["operations", "5", pytest.param("60", marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills: str, tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "in_background"),
+    [
+        ("operations", "true"),
+        ("5", "false"),
+        pytest.param("operations", "false", marks=pytest.mark.slow),
+        pytest.param("60", "false", marks=pytest.mark.slow),
+        pytest.param("60", "true", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment(kills: str, in_background: str, tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = tiny_runs.arguments(
         tiny,
         run,
         *settings(tiny),
         "save_every_n_steps=1",
+        f"save_in_background={in_background}",
         "resume_from_checkpoint=true",
         recipe="knowledge_distillation",
     )

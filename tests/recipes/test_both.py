@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import distil, finetune
 
-from kdtune import checkpoint, data, optim, planning, tokenizers
+from kdtune import checkpoint, data, devices, optim, planning, tokenizers
 from kdtune.checkpoint import state
 from kdtune.cli import catalog
 from kdtune.cli.main import main
@@ -601,6 +602,25 @@ def test_no_space_on_the_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     message = refused(capsys, lambda: recipe(tiny, tmp_path / "run", "save_every_n_steps=2"))
     assert "1000 B free" in message
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_copies_for_the_background(
+    recipe: Recipe,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their memory is announced, and refused where the host lacks it; without checkpoints there are none."""
+    settings = ["save_in_background=true", "save_every_n_steps=2"]
+    recipe(tiny, tmp_path / "run", *settings, "--dry-run")
+    (needed,) = re.findall(r"; checkpoints are written from a copy, (\d+ KiB) of host memory", capsys.readouterr().out)
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 1000)
+    message = refused(capsys, lambda: recipe(tiny, tmp_path / "run", *settings))
+    assert f"takes {needed} on this machine, and 1000 B are free" in message
+    message = refused(capsys, lambda: recipe(tiny, tmp_path / "run", settings[0]))
+    assert "save_every_n_steps, which is 0" in message
 
 
 def test_it_learns(recipe: Recipe, tiny: Path, trained: Path, tmp_path: Path) -> None:
