@@ -82,10 +82,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
     is_gpu = queries.is_cuda or queries.is_meta  # in a plan, meta stands for a GPU
     native = sight is None and (queries.dtype in (torch.bfloat16, torch.float16) or not is_gpu)
     group_size = queries.size(1) // keys.size(1)  # query heads that share a key head
-    if not native and group_size > 1:
-        keys, values = (heads.repeat_interleave(group_size, dim=1) for heads in (keys, values))
+    enable_gqa = False
+    if group_size > 1:  # of a model in FSDP, code is made for numbers of heads that it asks for (torch 2.13)
+        enable_gqa = native
+        if not native:
+            keys, values = (heads.repeat_interleave(group_size, dim=1) for heads in (keys, values))
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=sight, is_causal=sight is None, enable_gqa=native and group_size > 1
+        queries, keys, values, attn_mask=sight, is_causal=sight is None, enable_gqa=enable_gqa
     )
 
 

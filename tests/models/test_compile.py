@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from kdtune import generation, models
+from kdtune.context_parallel import slice_rows
 from kdtune.documents import Documents
 from kdtune.models import Decoder, ModelConfig, RopeConfig
 
@@ -93,6 +96,34 @@ def test_one_graph_for_all_layers_and_batches(packed: bool) -> None:
             student.hidden(*batch(1, length, packed))
         found.append(len(graphs.made))
     assert len(set(found)) == 1
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_several_processes_hold_are_one_piece(packed: bool, alone: dist.ProcessGroup) -> None:
+    """Of sharded weights and sliced rows; a number that belongs to a sharded layer may change, for the compiler."""
+    model, expected = build(), build()
+    slice_rows(model, alone)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    graphs = Graphs()
+    models.compile_layers(model, backend=graphs)
+    for rows, length in SHAPES:
+        hidden, other = (one.hidden(*batch(rows, length, packed)) for one in (model, expected))
+        torch.testing.assert_close(hidden, other)
+        gradients = torch.autograd.grad(hidden.square().sum(), model.model.embed_tokens.weight)
+        torch.testing.assert_close(
+            gradients, torch.autograd.grad(other.square().sum(), expected.model.embed_tokens.weight)
+        )
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(graphs.made) == 1
 
 
 def test_a_cache_is_not_compiled_for() -> None:
