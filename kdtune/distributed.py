@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -272,6 +273,8 @@ def sharding(
     def shard(model: Decoder) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+        # FSDP2's warning of hidden states that are a view (torch 2.13), into which nobody writes.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if cfg.context > 1:
             from kdtune.context_parallel import slice_rows
 

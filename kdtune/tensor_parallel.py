@@ -12,7 +12,6 @@ DTensor's own operators take the host longer than a GPU takes to compute them.
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import torch
@@ -42,9 +41,7 @@ def split(model: Decoder, mesh: DeviceMesh, vocab_size: int | None = None) -> No
             teacher's embedding and head get as many rows: entries that only it has are padding, which is compared with
             nothing. None: the model's own.
     """
-    # What FSDP2 and DTensor warn of (torch 2.13): hidden states are a view, into which nobody writes, and a weight that
-    # is cut twice is gathered in two steps, when it is saved.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # DTensor warns (torch 2.13) that a weight which is cut twice is gathered in two steps: when it is saved.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     config, trunk, group = model.config, model.model, mesh.get_group()
     if vocab_size is not None and vocab_size != config.vocab_size:
