@@ -71,14 +71,25 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def num_replicas(self) -> int:
+        """How many groups hold a model each."""
+        return 1 if self.mesh is None else self.mesh.size(DIMENSIONS.index("data_replicate"))
+
+    @property
+    def replica(self) -> int:
+        """Which of them this one belongs to."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("data_replicate")
+
+    @property
     def share(self) -> Share:
         """What this one gets of the rows of a step."""
         if self.mesh is None or (place := self.mesh.get_coordinate()) is None:
             return Share()
-        _, replica, shard, slice, _ = place
-        _, num_replicas, num_shards, num_slices, _ = self.mesh.shape
+        _, _, shard, slice, _ = place
+        _, _, num_shards, num_slices, _ = self.mesh.shape
+        rank = self.replica * num_shards + shard
         is_scored = self.stage is None or self.stage.is_last
-        return Share(replica * num_shards + shard, num_replicas * num_shards, slice, num_slices, is_scored)
+        return Share(rank, self.num_replicas * num_shards, slice, num_slices, is_scored)
 
     @property
     def folder(self) -> str:

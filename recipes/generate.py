@@ -3,6 +3,7 @@
     kdtune run generate --config quickstart prompt="Question: Tom has 3 apples"
     kdtune run generate checkpointer.checkpoint_dir=runs/llama/model prompts_file=prompts.txt chat=true \\
         temperature=0.7 top_p=0.9
+    kdtune run --nproc-per-node 8 generate checkpointer.checkpoint_dir=models/70B prompt=Hello parallel.tensor=8
 
 All prompts go through the model together, with cached keys and values; a row never depends on its neighbours.
 
@@ -13,11 +14,10 @@ arXiv:1904.09751.
 import json
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import torch
-
-from kdtune import checkpoint, devices, generation, models, preflight, tokenizers
+from kdtune import checkpoint, devices, distributed, generation, models, preflight, tokenizers
 from kdtune.config import setting
 
 
@@ -40,6 +40,7 @@ class Config:
     batch_size: int = setting(16, gt=0)  # prompts that go through the model together
     seed: int = setting(0, ge=0)  # of the sampling
 
+    parallel: distributed.ParallelConfig = setting(distributed.ParallelConfig)  # over processes; one needs none of it
     device: str = "cuda"  # cuda, cuda:1, cpu; refused if it is not there
     dtype: devices.Dtype = "bf16"  # of the weights
     output_file: str | None = setting(None, path=True)  # JSON lines {"prompt", "continuation"} go here, too; null: none
@@ -47,12 +48,19 @@ class Config:
 
 def main(cfg: Config) -> None:
     inputs = check(cfg)
-    folder, adapter_dir = cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir
-    model = checkpoint.load_model(folder, dtype=inputs.dtype, device=inputs.device, adapter_dir=adapter_dir).eval()
+    ranks = inputs.ranks
+    model = checkpoint.load_model(
+        cfg.checkpointer.checkpoint_dir,
+        dtype=devices.DTYPES[cfg.dtype],
+        device=ranks.device,
+        adapter_dir=cfg.checkpointer.adapter_dir,
+        shard=distributed.sharding(ranks, cfg.parallel, trains=False),
+    ).eval()
 
     results: list[dict[str, str]] = []
     num_tokens, started = 0, time.perf_counter()
-    for first in range(0, len(inputs.rows), cfg.batch_size):
+    for start in range(0, len(inputs.rows), cfg.batch_size * ranks.num_replicas):
+        first = start + cfg.batch_size * ranks.replica  # each of them takes a batch
         rows = inputs.rows[first : first + cfg.batch_size]
         new_tokens = generation.generate(
             model,
@@ -65,15 +73,18 @@ def main(cfg: Config) -> None:
             seed=cfg.seed,
             first_row=first,  # each row has its own random numbers, whatever the batch size
         )
-        for row, tokens in zip(rows, new_tokens, strict=True):
-            results.append({"prompt": row.prompt, "continuation": inputs.tokenizer.decode(tokens)})
-            print(f"--- {row.prompt}\n{results[-1]['continuation']}\n", flush=True)
+        found = dict(ranks.gather((first, new_tokens)))  # those that hold a model together found the same
+        for tokens in chain(*(found[first] for first in sorted(found))):
+            prompt = inputs.rows[len(results)].prompt
+            results.append({"prompt": prompt, "continuation": inputs.tokenizer.decode(tokens)})
+            print(f"--- {prompt}\n{results[-1]['continuation']}\n", flush=True)
             num_tokens += len(tokens)
     print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started):.0f} tokens/s")
 
-    if cfg.output_file is not None:
+    if cfg.output_file is not None and ranks.is_first:
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
         Path(cfg.output_file).write_text("".join(lines), encoding="utf-8")
+    ranks.leave()
 
 
 @dataclass
@@ -88,8 +99,7 @@ class Row:
 class Inputs:
     """What is known before a weight is read."""
 
-    device: torch.device
-    dtype: torch.dtype
+    ranks: distributed.Ranks
     tokenizer: tokenizers.Tokenizer
     rows: list[Row]
 
@@ -100,7 +110,13 @@ def check(cfg: Config) -> Inputs:
     Raises:
         ValueError, OSError: what is wrong, why it matters and what to do.
     """
-    run_device = devices.resolve(cfg.device)
+    ranks = distributed.join(cfg.parallel, cfg.device)
+    if cfg.parallel.context > 1:
+        raise ValueError(
+            f"parallel.context={cfg.parallel.context} gives processes slices of rows, and a row that is continued "
+            "comes token by token. Take parallel.tensor or parallel.data_shard for a model that is too large for one "
+            "process, and parallel.data_replicate for many prompts."
+        )
     if cfg.temperature == 0 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise ValueError(
             "temperature=0 takes the likeliest token each time, so top_k, top_p and num_samples change nothing. Sample "
@@ -119,14 +135,15 @@ def check(cfg: Config) -> Inputs:
     model = models.from_hf_config(checkpoint.check_model(cfg.checkpointer))
     tokenizer = tokenizers.load(cfg.checkpointer.tokenizer_dir, cfg.checkpointer.checkpoint_dir)
     preflight.check_vocabulary(tokenizer, model, "model")
+    preflight.check_split(cfg.parallel, model, "model")
 
     rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]
     setting = "prompt" if cfg.prompts_file is None else "prompts_file"
     different = [row.tokens for row in rows[:: cfg.num_samples]]
     preflight.check_prompts(different, cfg.max_new_tokens, setting, model, "model")
     print(preflight.describe(cfg.checkpointer.checkpoint_dir, model))
-    print(f"{len(rows)} continuations, {cfg.dtype} on {devices.describe(run_device)}\n")
-    return Inputs(run_device, devices.DTYPES[cfg.dtype], tokenizer, rows)
+    print(f"{len(rows)} continuations, {cfg.dtype} on {ranks.describe()}\n")
+    return Inputs(ranks, tokenizer, rows)
 
 
 def read_prompts(path: str) -> list[str]:

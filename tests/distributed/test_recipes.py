@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdtune import distributed
+from kdtune.cli.main import main
 from kdtune.distributed import Ranks
 
 # Each process has a whole teacher, which may be quantised then; of the student it has a part.
@@ -40,6 +41,7 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
     "pipeline": (tiny_runs.distil, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
     "finetune_pipeline": (tiny_runs.finetune, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
 }
+GENERATING = ("tensor", "data_shard", "pipeline", "data_replicate")
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
@@ -51,6 +53,29 @@ def work(tiny: Path, folder: Path, ports: list[int]) -> None:
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
         os.environ["MASTER_PORT"] = str(ports.pop())
         recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
+
+
+def continuations(folder: Path, *settings: str) -> str:
+    """What `generate` draws after four prompts."""
+    (folder / "prompts.txt").write_text("Tom has\nHow many\nQuestion: A baker\nHe\n")
+    out = folder / "out.jsonl"
+    given = [f"checkpointer.checkpoint_dir={folder / 'teacher'}", f"prompts_file={folder / 'prompts.txt'}"]
+    given += ["temperature=1", "max_new_tokens=6", "batch_size=3", "device=cpu", "dtype=fp32", f"output_file={out}"]
+    main(["run", "generate", *given, *settings])
+    return out.read_text() if os.environ.get("RANK", "0") == "0" else ""
+
+
+def generate_in_two(folder: Path, ports: list[int]) -> list[str]:
+    found = []
+    for layout in GENERATING:
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        found.append(continuations(folder, f"parallel.{layout}=2"))
+    return found
+
+
+def test_generate_in_two_processes(in_two: Path) -> None:
+    first, _ = ranks.run(2, generate_in_two, in_two, in_two, ranks.free_ports(len(GENERATING)))
+    assert first == [continuations(in_two)] * len(GENERATING)
 
 
 @pytest.fixture(scope="module")
