@@ -76,14 +76,11 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
     whole = f"Give each process a whole teacher: teacher_parallel.data_replicate={ranks.size} and data_shard=1"
     for setting, is_set, why, cure in (
-        ("qat", cfg.qat, "weights are rounded in groups, which would be cut", ""),
-        ("optimizer_in_bwd", cfg.optimizer_in_bwd, "a gradient is not yet that of all processes", "Leave it out"),
         ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
         ("teacher.offload", is_cut and teacher.offload, "layers are gathered from other processes instead", whole),
         ("teacher.device", teacher and teacher.device, "each process has one device", "Leave it out"),
     ):
         if is_set:
-            cure = cure or "Train in one process"
             raise ValueError(f"{setting} does not go with {ranks.size} processes: {why}. {cure}.")
     for name, why in (
         ("pipeline", "both heads have to be on the last stage, where the loss is"),
@@ -97,12 +94,17 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
                 f"teacher_parallel.{name}={degree}."
             )
     degree = cfg.parallel.tensor
-    for name in ("pipeline", "tensor"):
-        if cfg.lora is not None and (of_layers := getattr(cfg.parallel, name)) > 1:
-            raise ValueError(
-                f"lora does not go with parallel.{name}={of_layers}: an adapter is made beside layers that each "
-                f"process has. Leave parallel.{name} out: parallel.data_shard reduces nothing of what is frozen."
-            )
+    for setting, names, why in (
+        ("lora", ("pipeline", "tensor"), "an adapter is made beside whole layers"),
+        ("qat", ("pipeline", "tensor"), "what is rounded, and written so, are whole layers"),
+        ("optimizer_in_bwd", ("pipeline",), "a step has one micro-batch, and a pipeline is for several"),
+    ):
+        for name in names:
+            if getattr(cfg, setting) and (of_layers := getattr(cfg.parallel, name)) > 1:
+                raise ValueError(
+                    f"{setting} does not go with parallel.{name}={of_layers}: {why}. Take parallel.data_shard instead, "
+                    "which gathers whole layers while they compute."
+                )
     if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "

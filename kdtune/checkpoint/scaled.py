@@ -207,13 +207,17 @@ def compressed_config(cfg: QATConfig) -> dict[str, Any]:
 
 
 def compressed_parts(name: str, weight: Tensor, cfg: QATConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that stand in a file for a weight [n, d] as training has rounded it; scales in `dtype`."""
+    """The tensors that stand in a file for a weight [n, d] as training has rounded it; scales in `dtype`.
+
+    They are on the host; on `meta` if the weight is there.
+    """
     codes, scale = convert_qat(weight, cfg)
+    place = "meta" if weight.is_meta else "cpu"
     owner = name.removesuffix("weight")
-    parts = {f"{owner}weight_scale": scale.to("cpu", dtype)}
+    parts = {f"{owner}weight_scale": scale.to(place, dtype)}
     if not _is_packed(cfg):
-        return parts | {name: codes.cpu()}
-    unsigned = (codes.to(torch.int16) + 2 ** (cfg.bits - 1)).to("cpu", torch.uint8)
+        return parts | {name: codes.to(place)}
+    unsigned = (codes.to(torch.int16) + 2 ** (cfg.bits - 1)).to(place, torch.uint8)
     if cfg.bits == 4:
         unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
     shape = torch.tensor(weight.shape)

@@ -72,8 +72,10 @@ class Training:
         size = self.student.config.vocab_size
         shard_teacher = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
-        self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01))
-        if cfg.optimizer_in_bwd:
+        # In float32 a gradient that is hardly more than rounding errors is not to become a whole step.
+        eps = 1e-8 if cfg.dtype == torch.float64 else 1e-3
+        self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, eps=eps))
+        if cfg.optimizer_in_bwd and self.ranks.size > 1:  # alone it would take a step for each micro-batch
             self.optimizer.step_in_backward()
 
     def step(self, number: int, lengths: Lengths = LENGTHS) -> list[float]:
