@@ -75,6 +75,9 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         return
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
     whole = f"Give each process a whole teacher: teacher_parallel.data_replicate={ranks.size} and data_shard=1"
+    for name in ("pipeline", "context", "tensor"):
+        if getattr(cfg.parallel, name) > 1:  # which the teacher has to have too
+            whole = f"Leave it out, or parallel.{name}"
     for setting, is_set, why, cure in (
         ("teacher.quantization", is_cut and teacher.quantization, "weights of few bits are not cut", whole),
         ("teacher.offload", is_cut and teacher.offload, "layers are gathered from other processes instead", whole),

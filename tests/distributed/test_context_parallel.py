@@ -109,7 +109,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 def test_steps_are_those_of_one_process(pair: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
     sliced, alone = f"{pair}_sliced", f"{pair}_alone"
-    torch.testing.assert_close(torch.tensor(numbers[sliced]), torch.tensor(numbers[alone]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(numbers[sliced], numbers[alone], rtol=1e-9, atol=0)
     trained, expected = (
         checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
         for name in (sliced, alone)
@@ -122,8 +122,8 @@ def test_steps_are_those_of_one_process(pair: str, found: tuple[dict[str, Any], 
 def test_a_run_goes_on_in_any_layout(size: int, found: tuple[dict[str, Any], Path]) -> None:
     numbers, _ = found
     for values, (run, layout) in zip(numbers[f"resumed_{size}"], RESUMED[size], strict=True):
-        expected = torch.tensor(numbers[run.split("_")[0] + "_alone"])[1:]
-        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-9, atol=0, msg=str(layout))
+        expected = numbers[run.split("_")[0] + "_alone"][1:]
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0, msg=str(layout))
 
 
 def test_activations_computed_twice_and_what_the_models_say(found: tuple[dict[str, Any], Path]) -> None:

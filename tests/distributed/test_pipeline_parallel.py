@@ -118,7 +118,7 @@ RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layout
 @pytest.mark.parametrize("run", RUNS)
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
-    torch.testing.assert_close(torch.tensor(numbers[run]), torch.tensor(numbers["alone_1"]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(numbers[run], numbers["alone_1"], rtol=1e-9, atol=0)
     trained, expected = (
         checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
         for name in (run, "alone_1")
@@ -132,8 +132,8 @@ def test_a_run_goes_on_in_any_layout(found: tuple[dict[str, Any], Path]) -> None
     resumed = {name: values for name, values in numbers.items() if name.startswith("resumed: ")}
     assert len(resumed) == 3 + len(RUNS)
     for name, values in resumed.items():
-        expected = torch.tensor(numbers["alone_1"])[1:]
-        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-9, atol=0, msg=name)
+        expected = numbers["alone_1"][1:]
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0, msg=name)
 
 
 def test_what_the_models_say(found: tuple[dict[str, Any], Path]) -> None:

@@ -128,6 +128,7 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
         ),
         (["parallel.pipeline=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.pipeline=2"),
         (["parallel.pipeline=2"], "the student has 1. Take fewer stages"),
+        (["parallel.context=2", "teacher.quantization=int8"], "Leave it out, or parallel.context"),
         (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
     ],
 )

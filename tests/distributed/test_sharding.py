@@ -157,7 +157,7 @@ RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layout
 @pytest.mark.parametrize("run", RUNS)
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
-    torch.testing.assert_close(torch.tensor(numbers[run]), torch.tensor(numbers["alone_1"]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(numbers[run], numbers["alone_1"], rtol=1e-9, atol=0)
     weights, expected = (
         checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
         for name in (run, "alone_1")
@@ -170,7 +170,7 @@ def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], P
 @pytest.mark.parametrize("start", STARTS)
 def test_a_run_goes_on_with_any_number_of_processes(start: str, size: int, found: tuple[dict[str, Any], Path]) -> None:
     numbers, _ = found
-    resumed, expected = (torch.tensor(numbers[name]) for name in (f"from {start}_{size}", "alone_1"))
+    resumed, expected = (numbers[name] for name in (f"from {start}_{size}", "alone_1"))
     torch.testing.assert_close(resumed, expected[1:], rtol=1e-9, atol=0)
 
 
@@ -180,10 +180,10 @@ def test_what_else_is_trained(name: str, found: tuple[dict[str, Any], Path]) -> 
     numbers, folder = found
     size, _, settings = WAYS[name]
     close = {"rtol": 1e-4, "atol": 1e-5} if "dtype" in settings else {"rtol": 1e-9, "atol": 1e-12}
-    expected = torch.tensor(numbers[f"{name}_1"])
-    torch.testing.assert_close(torch.tensor(numbers[f"{name}_{size}"]), expected, **close)
+    expected = numbers[f"{name}_1"]
+    torch.testing.assert_close(numbers[f"{name}_{size}"], expected, **close)
     for resumed_by in (1, size):  # what the other left
-        torch.testing.assert_close(torch.tensor(numbers[f"from {name}_{resumed_by}"]), expected[1:], **close)
+        torch.testing.assert_close(numbers[f"from {name}_{resumed_by}"], expected[1:], **close)
     for kind in ("adapter", "model"):
         weights, others = (stored(folder / run / kind) for run in (f"{name}_{size}", f"{name}_1"))
         assert weights.keys() == others.keys()

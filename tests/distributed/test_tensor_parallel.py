@@ -111,7 +111,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
     alone = run[: run.index("_tensor")] + "_alone_1"
-    torch.testing.assert_close(torch.tensor(numbers[run]), torch.tensor(numbers[alone]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(numbers[run], numbers[alone], rtol=1e-9, atol=0)
     trained, expected = (
         checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
         for name in (run, alone)
@@ -125,8 +125,8 @@ def test_a_run_goes_on_in_any_layout(found: tuple[dict[str, Any], Path]) -> None
     resumed = {name: values for name, values in numbers.items() if name.startswith("resumed: ")}
     assert len(resumed) == 5
     for name, values in resumed.items():
-        expected = torch.tensor(numbers["tied_alone_1"])[1:]
-        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-9, atol=0, msg=name)
+        expected = numbers["tied_alone_1"][1:]
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0, msg=name)
 
 
 def test_what_the_models_say(found: tuple[dict[str, Any], Path]) -> None:
