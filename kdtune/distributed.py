@@ -310,6 +310,8 @@ def sharding(
         # Head and norm stay gathered from the forward to the backward: the loss, which is outside, needs the head.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
         register_fsdp_forward_method(model, "hidden")
+        if trains:
+            model.model.register_forward_hook(_ask_for_gradient)
         for unit in (model, *units):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -333,6 +335,12 @@ def _units(model: Decoder) -> list[Any]:
             if is_narrow and module is not model.model.embed_tokens:
                 units.insert(0, module)
     return [unit for unit in units if any(True for _ in unit.parameters())]  # those of this stage of a pipeline
+
+
+def _ask_for_gradient(_: nn.Module, args: Any, hidden: Tensor) -> None:
+    """FSDP goes by the gradient of what a model returned, which has none where nothing but the head is trained."""
+    if torch.is_grad_enabled():
+        hidden.requires_grad_()
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

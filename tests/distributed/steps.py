@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,12 @@ def rows(step: int, lengths: Lengths = LENGTHS) -> list[data.Batch]:
 class Settings:
     """What a recipe's settings say of what is trained."""
 
-    checkpointer: checkpoint.StartCheckpointerConfig
     lora: LoraConfig | None = None
     qat: QATConfig | None = None
     optimizer_in_bwd: bool = False
+    student: str = "student"  # or whose model it is
     dtype: torch.dtype = torch.float64
+    checkpointer: checkpoint.StartCheckpointerConfig = field(default_factory=checkpoint.StartCheckpointerConfig)
 
 
 class Training:
@@ -64,7 +65,8 @@ class Training:
 
     def __init__(self, models: Path, parallel: ParallelConfig, start: Path | None = None, **settings: Any) -> None:
         self.ranks = distributed.join(parallel, "cpu")
-        self.cfg = cfg = Settings(checkpoint.StartCheckpointerConfig(str(models / "student")), **settings)
+        self.cfg = cfg = Settings(**settings)
+        cfg.checkpointer.checkpoint_dir = str(models / cfg.student)
         load = {"dtype": cfg.dtype, "device": self.ranks.device}
         shard = distributed.sharding(self.ranks, parallel, trains=True)
         changes = {"lora": cfg.lora, "qat": cfg.qat, "seed": 0}

@@ -32,6 +32,7 @@ WHOLE_TOO = {"use_dora": True, "modules_to_save": ["embed_tokens", "v_proj", "in
 WAYS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {  # what else is trained, and by how many processes
     "adapter": (2, ParallelConfig(), {"lora": LoraConfig(rank=3, save_merged=True, **EMBEDDING_TOO)}),
     "quantised": (2, ParallelConfig(), {"lora": LoraConfig(rank=3, base_quantization="int8"), "dtype": torch.float32}),
+    "head": (2, ParallelConfig(), {"student": "teacher", "lora": LoraConfig(rank=4, target_modules=["lm_head"])}),
     "in_backward": (4, ParallelConfig(data_replicate=2), {"optimizer_in_bwd": True}),
     # Of two rows a sum is the same in any order, and the norm, which differs in its last bit, clips nothing: what is
     # beside the border of an integer would be on its other side.
