@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import traceback
@@ -13,11 +14,18 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+_IMPORTED = [
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.optim"),
+    *("kdtune.cli.main", "kdtune.teacher", "kdtune.planning", "kdtune.tensor_parallel", "tiny_runs"),
+]
+
 
 def run(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(*args)` in so many processes at a time, and what each returned."""
     (port,) = free_ports(1)
-    mp.spawn(_start, args=(size, port, function, folder, args), nprocs=size)
+    # Forked off a process that has imported what takes seconds and has no threads, unlike this one.
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    mp.start_processes(_start, (size, port, function, folder, args), size, start_method="forkserver")
     return [torch.load(folder / f"answer_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
 
 
