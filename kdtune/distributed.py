@@ -115,7 +115,7 @@ class Ranks:
         if degrees == self.mesh.shape:
             return self.mesh
         if degrees not in self._meshes:  # each has communicators of its own
-            self._meshes[degrees] = dist.init_device_mesh(self.device.type, degrees, mesh_dim_names=DIMENSIONS)
+            self._meshes[degrees] = dist.init_device_mesh(self.mesh.device_type, degrees, mesh_dim_names=DIMENSIONS)
         return self._meshes[degrees]
 
     def all_sum(self, values: Tensor | Sequence[float]) -> list[float]:
@@ -215,7 +215,7 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         ValueError: there is no such device, or the settings do not go with the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
-    degrees = check_layout(cfg, size)
+    check_layout(cfg, size)
     if size == 1:
         return Ranks(devices.resolve(device))
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -226,7 +226,15 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         # Counts and flags of the host go over gloo, without waiting for the device.
         backend = "gloo" if own.type == "cpu" else f"cpu:gloo,{own.type}:{dist.get_default_backend_for_device(own)}"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-    mesh = dist.init_device_mesh(own.type, degrees, mesh_dim_names=DIMENSIONS)
+    return arrange(cfg, own)
+
+
+def arrange(cfg: ParallelConfig, device: torch.device) -> Ranks:
+    """The place of each of the processes that have met; `device` is where this one computes."""
+    size = dist.get_world_size()
+    # For a plan there need be no GPU, and nothing is sent.
+    kind = "cpu" if device.type == "meta" else device.type
+    mesh = dist.init_device_mesh(kind, check_layout(cfg, size), mesh_dim_names=DIMENSIONS)
     stage = None
     if cfg.pipeline > 1:
         pipelines = torch.arange(size).view(cfg.pipeline, -1).T.tolist()
@@ -234,7 +242,7 @@ def join(cfg: ParallelConfig, device: str) -> Ranks:
         assert onward is not None
         assert back is not None
         stage = Stage(onward, back)
-    return Ranks(own, dist.get_rank(), size, mesh, stage)
+    return Ranks(device, dist.get_rank(), size, mesh, stage)
 
 
 def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> tuple[int, ...]:

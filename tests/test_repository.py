@@ -262,6 +262,9 @@ def fetch_nothing(repo: str, folder: Path, *_: Any) -> None:
     (folder / "model.safetensors").touch()
 
 
+PLANNED = ("--budget", "--nproc-per-node", "--nnodes")
+
+
 def try_command(words: list[str]) -> None:
     """What the command does, but for a run, a plan and a look at data, of which the settings are validated."""
     command, *rest = words
@@ -270,7 +273,7 @@ def try_command(words: list[str]) -> None:
         for option in {"run": ("--dry-run",), "data": ("--val",), "plan": ("--json",)}[command]:
             options.add_argument(option, action="store_true")
         launched = [f"--{name}" for name, *_ in launch.OPTIONS]
-        for option in {"run": launched, "data": ("--rows", "--start", "--html"), "plan": ("--budget",)}[command]:
+        for option in {"run": launched, "data": ("--rows", "--start", "--html"), "plan": PLANNED}[command]:
             options.add_argument(option)
         words = ["validate", *options.parse_known_args(rest)[1]]
     main(words)

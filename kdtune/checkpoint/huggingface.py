@@ -210,10 +210,11 @@ def load_model(
         model = Decoder(config)
     if shard is not None:
         shard(model.to(dtype))
-        model.to_empty(device=device)
+        if torch.device(device).type != "meta":
+            model.to_empty(device=device)
         # Adapters are in no folder.
         here = {model.in_checkpoint(name): parameter for name, parameter in model.named_parameters()}
-        for name, shape in parameter_shapes(config).items():
+        for name, shape in parameter_shapes(config).items() if is_filled else ():
             if (parameter := here.get(name)) is not None:
                 source.fill_part(name, local(parameter.detach()), held(parameter), shape)
             elif random_weights:  # another stage has it; those that follow are drawn as if it were here

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import sys
@@ -19,7 +20,9 @@ _DESCRIPTION = """\
 Say how much memory a training step takes and what for, how many operations it is made of, and how long it lasts at
 least on known GPUs. The recipe's own step is run on tensors without data: of a model config.json is read and no more,
 of the rows nothing, and the GPU that the plan is for need not be there. Every row counts with its full length, and
-every position of it with a label."""
+every position of it with a label.
+
+With --nproc-per-node the plan is of one of so many processes, and says what it sends to the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,11 @@ class _Fitted:
 
 
 def main(argv: Sequence[str]) -> None:
-    usage = f"kdtune plan {recipe.USAGE} [--budget SIZE] [--json]"
+    usage = f"kdtune plan [--nproc-per-node N [--nnodes N]] {recipe.USAGE} [--budget SIZE] [--json]"
     parser = Parser("plan", _DESCRIPTION, usage=usage, add_help=False)
+    for name, meaning in (("nproc-per-node", "processes on each machine, one for each GPU"), ("nnodes", "machines")):
+        names = f"--{name}", f"--{name.replace('-', '_')}"
+        parser.add_argument(*names, metavar="N", type=_number, default=None, help=meaning)
     parser.add_argument(
         "--budget", metavar="SIZE", help="memory of a GPU, such as 24GB: which settings to change so that it fits"
     )
@@ -57,8 +63,9 @@ def main(argv: Sequence[str]) -> None:
             "forward_backward(cfg, *models, micro_batches, num_tokens), and it does not have both."
         )
     cfg = recipe.settings(module, call)
-    plan = _plan(module, cfg)
-    fitted = None if budget is None else _fit(module, call, cfg, plan, budget)
+    processes = _processes(call, cfg)
+    plan = _plan(module, cfg, processes)
+    fitted = None if budget is None else _fit(module, call, cfg, processes, plan, budget)
     if call.options.json:
         record = _record(cfg, plan) | ({} if fitted is None else {"budget": _budget_record(fitted)})
         print(json.dumps(record, indent=2))
@@ -76,11 +83,32 @@ def _gigabytes(text: str) -> float:
     return float(found[1])
 
 
-def _plan(module: ModuleType, cfg: Any) -> "Plan":
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise ValueError
+    return int(text)
+
+
+_number.__name__ = "number"  # argparse puts it into "invalid ... value"
+
+
+def _processes(call: recipe.Call, cfg: Any) -> tuple[int, int]:
+    """How many on a node, and how many nodes."""
+    per_node, nodes = call.options.nproc_per_node, call.options.nnodes
+    if nodes is not None and per_node is None:
+        raise ValueError(f"--nnodes={nodes} without --nproc-per-node: say how many processes there are on a machine.")
+    if per_node is not None and not hasattr(cfg, "parallel"):
+        raise ValueError(f"{call.name} has no setting `parallel`: all processes would do the same. Plan one of them.")
+    return per_node or 1, nodes or 1
+
+
+def _plan(module: ModuleType, cfg: Any, processes: tuple[int, int]) -> "Plan":
     from kdtune import planning
 
+    check = getattr(module, "check_settings", None)
+    per_node, nodes = processes
     try:
-        return planning.plan(cfg, module.build, module.forward_backward, getattr(module, "check_settings", None))
+        return planning.plan(cfg, module.build, module.forward_backward, check, per_node=per_node, nodes=nodes)
     except FileNotFoundError as error:
         if re.search(r"(?<!adapter_)config\.json", str(error)) is None:
             raise
@@ -90,7 +118,9 @@ def _plan(module: ModuleType, cfg: Any) -> "Plan":
         ) from None
 
 
-def _fit(module: ModuleType, call: recipe.Call, cfg: Any, plan: "Plan", budget: float) -> _Fitted:
+def _fit(
+    module: ModuleType, call: recipe.Call, cfg: Any, processes: tuple[int, int], plan: "Plan", budget: float
+) -> _Fitted:
     from tqdm import tqdm
 
     from kdtune import planning
@@ -100,7 +130,7 @@ def _fit(module: ModuleType, call: recipe.Call, cfg: Any, plan: "Plan", budget: 
 
     def plan_with(changes: "Sequence[Change]") -> "Plan":
         tried.update()
-        return _plan(module, changed(changes))
+        return _plan(module, changed(changes), processes)
 
     with tqdm(desc="changing settings", unit=" plans", leave=False, file=sys.stderr, disable=None) as tried:
         changes, plan = planning.changes_to_fit(cfg, plan, budget, plan_with)
@@ -122,11 +152,17 @@ def _lines(cfg: Any, plan: "Plan") -> Iterator[str]:
     if cfg.device == "cpu":
         return
     yield ""
-    yield f"{'at least, on':<15}{'GB':>5}{'fits':>6}{'s a step':>10}{'tokens/s':>11}"
+    yield f"{'at least, on':<15}{'GB':>5}{'fits':>6}{'s a step':>10}{'tokens/s':>11}" + f"{'s sending':>11}" * bool(
+        plan.sent
+    )
     for accelerator in planning.ACCELERATORS:
-        seconds = planning.seconds(plan, accelerator)
+        seconds, sending = planning.seconds(plan, accelerator), planning.sending(plan, accelerator)
         fits = "yes" if planning.fits(plan, accelerator.memory_gb) else "no"
-        floor = f"{'-':>10}{'-':>11}" if seconds is None else f" {seconds:>9.3g} {plan.num_tokens / seconds:>10,.0f}"
+        floor = f"{'-':>10}{'-':>11}"
+        if seconds is not None:
+            seconds = max(seconds, sending)
+            floor = f" {seconds:>9.3g} {plan.num_tokens * plan.num_data_ranks / seconds:>10,.0f}"
+        floor += f" {sending:>10.3g}" * bool(plan.sent)
         yield f"{accelerator.name:<15}{accelerator.memory_gb:>5}{fits:>6}{floor}"
     yield ""
     yield f"A plan fits if it leaves {1 - planning.USABLE:.0%} for the CUDA context, workspaces and fragmentation."
@@ -134,6 +170,9 @@ def _lines(cfg: Any, plan: "Plan") -> Iterator[str]:
     if any(planning.seconds(plan, accelerator) is None for accelerator in planning.ACCELERATORS):
         yield f"-: its hardware does not multiply {formats}."
     yield f"Times are those of the products at the full rate of {formats}: no run is faster than that."
+    if plan.sent:
+        yield "Sending is on paper: at the full rate of NVLink, Infinity Fabric or PCIe within a node, between nodes at"
+        yield f"{planning.NETWORK} GB/s for each GPU, at best beside the products. Tokens are those of all processes."
 
 
 _WORK = {"teacher": "teacher's body", "student": "student's body", "heads": "heads"}
@@ -144,7 +183,11 @@ def _summary(cfg: Any, plan: "Plan") -> Iterator[str]:
 
     num_rows, s = plan.num_micro_batches * cfg.batch_size, cfg.tokenizer.max_seq_len
     micro_batches = f"{plan.num_micro_batches:,} micro-batch{'es' * (plan.num_micro_batches > 1)}"
-    yield f"step      {num_rows:,} x {s:,} tokens in {micro_batches}, {cfg.dtype}"
+    if plan.layout:
+        degrees = ", ".join(f"{name} {degree}" for name, degree in plan.layout.items() if degree > 1)
+        yield f"processes {math.prod(plan.layout.values())}: {degrees}; of number {plan.rank}, which holds most:"
+    all_rows = f"; {num_rows * plan.num_data_ranks:,} rows in all" * (plan.num_data_ranks > 1)
+    yield f"step      {num_rows:,} x {s:,} tokens in {micro_batches}, {cfg.dtype}{all_rows}"
     yield from _peak("memory", "the CPU" if cfg.device == "cpu" else "the GPU", plan.device)
     if plan.host.total > 2**20:
         yield from _peak("host", "the host", plan.host)
@@ -154,6 +197,14 @@ def _summary(cfg: Any, plan: "Plan") -> Iterator[str]:
     total = sum(plan.flops.values())
     shares = ", ".join(f"{name} {plan.flops[part] / total:.0%}" for part, name in _WORK.items() if part in plan.flops)
     yield f"work      {total / 1e12:,.4g} TFLOP: {shares}; {total / plan.floor:.2f} times the least that there can be"
+    if plan.sent:
+        total = sum(plan.sent.values())
+        yield f"sends     {total / 1e9:.3g} GB a step, and gets as much:"
+        for message, num_bytes in sorted(plan.sent.items(), key=lambda item: -item[1]):
+            if num_bytes < total / 500:
+                break
+            on = f"{message.size} processes" + f" on {message.nodes} nodes" * (message.nodes > 1)
+            yield f"{'':<12}{f'{message.kind} of {message.part}':<30}{num_bytes / 1e9:>10.3g} GB  {on}"
     if cfg.device != "cpu":
         smallest = next((size for size in planning.SIZES if planning.fits(plan, size)), None)
         nothing = f"no GPU of up to {planning.SIZES[-1]} GB"
@@ -186,7 +237,9 @@ def _budget_lines(call: recipe.Call, fitted: _Fitted) -> Iterator[str]:
     config = [] if call.config is None else ["--config", call.options.config[0]]
     changed = _overrides(fitted.changes)
     kept = [one for one in call.overrides if one.partition("=")[0] not in {key.partition("=")[0] for key in changed}]
-    yield f"run       {shlex.join(['kdtune', 'run', call.name, *config, *kept, *changed])}"
+    given = (("--nproc-per-node", call.options.nproc_per_node), ("--nnodes", call.options.nnodes))
+    launch = [word for option, number in given if number is not None for word in (option, str(number))]
+    yield f"run       {shlex.join(['kdtune', 'run', *launch, call.name, *config, *kept, *changed])}"
 
 
 # As a record.
@@ -203,6 +256,7 @@ def _record(cfg: Any, plan: "Plan") -> dict[str, Any]:
                 **dataclasses.asdict(accelerator),
                 "fits": planning.fits(plan, accelerator.memory_gb),
                 "seconds_per_step": planning.seconds(plan, accelerator),
+                "seconds_sending": planning.sending(plan, accelerator),
             }
             for accelerator in planning.ACCELERATORS
         ],
@@ -217,6 +271,10 @@ def _plan_record(plan: "Plan") -> dict[str, Any]:
         "flops": plan.flops,
         "flops_by_format": plan.formats,
         "floor_flops": plan.floor,
+        "rank": plan.rank,
+        "layout": plan.layout,
+        "num_data_ranks": plan.num_data_ranks,
+        "sent_bytes": [message._asdict() | {"bytes": num_bytes} for message, num_bytes in plan.sent.items()],
     }
 
 

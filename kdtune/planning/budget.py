@@ -69,6 +69,7 @@ def _possible(cfg: Any) -> Iterator[Change]:
     for settings, num_tokens in smaller:
         if num_tokens >= _ENOUGH_TOKENS:
             yield Change(settings, "the same step in more pieces")
+    yield from _layouts(cfg)
     yield Change({"loss_chunk_size": "256"}, "the loss in smaller products")
     checkpointing = {"enable_activation_checkpointing": "true"}
     if not cfg.enable_activation_checkpointing:
@@ -100,6 +101,21 @@ def _possible(cfg: Any) -> Iterator[Change]:
         adapter = {"lora.rank": "16", "optimizer.precision": "null"}  # which is in float32
         yield Change(adapter, "an adapter is trained instead of the weights")
     yield Change({"lora.base_quantization": "nf4"}, "the weights beside the adapter are rounded to 4 bits")
+
+
+def _layouts(cfg: Any) -> Iterator[Change]:
+    """Ways in which the same processes hold less each, and send more. The rows of a step stay as they are."""
+    parallel = cfg.parallel
+    if not parallel.reshard_after_forward:
+        again = {"parallel.reshard_after_forward": "true"}
+        yield Change(again, "the student's weights are gathered again for the backward")
+    whole = {"parallel.data_replicate": "1", "parallel.data_shard": "null"}
+    if parallel.data_replicate > 1:
+        yield Change(whole, "weights are gathered from all processes")
+    if getattr(cfg, "teacher_parallel", None) is not None:
+        yield Change(
+            {**whole, "teacher_parallel": "null"}, "the teacher's weights are gathered from all processes, too"
+        )
 
 
 def _smaller_batches(cfg: Any) -> Iterator[tuple[dict[str, str], int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdtune.losses import chunked
@@ -38,27 +39,42 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
         In the end, the shares of the labelled positions that the loss has looked at.
     """
     shares: list[float] = []
+    all_chunks = chunked.chunks
 
     def first_chunks(scored: Tensor, size: int) -> Sequence[Tensor]:
-        chunks = scored.split(size)[:2]
-        shares.append(sum(map(len, chunks)) / len(scored))
+        chunks = all_chunks(scored, size)[:2]
+        if chunks:
+            shares.append(sum(map(len, chunks)) / len(scored))
         return chunks
 
     def first_blocks(tensors: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
         return itertools.islice(blocks(tensors, size), 2)  # while the second is made, the first is still held
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(chunked, "chunks", first_chunks))
-        stack.enter_context(_replaced(adamw, "blocks", first_blocks))
-        stack.enter_context(_replaced(quantization, "quantize", _once_for_each_shape(quantization.quantize)))
+        stack.enter_context(replaced(chunked, "chunks", first_chunks))
+        stack.enter_context(replaced(chunked, "is_sum_over_entries", lambda *_: True))  # which only data tells
+        stack.enter_context(replaced(adamw, "blocks", first_blocks))
+        stack.enter_context(replaced(quantization, "quantize", _once_for_each_shape(quantization.quantize)))
         # What is kept from one step to the next has no data either, and must not outlive the plan.
-        stack.enter_context(_replaced(moments, "table", functools.cache(moments.table.__wrapped__)))
+        stack.enter_context(replaced(moments, "table", functools.cache(moments.table.__wrapped__)))
         for name, stand_in in (("scaled_dot_product_attention", kernels.attention), ("rms_norm", kernels.rms_norm)):
-            stack.enter_context(_replaced(F, name, _on_meta(stand_in, getattr(F, name))))
+            stack.enter_context(replaced(F, name, _on_meta(stand_in, getattr(F, name))))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if host:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(replaced(torch.utils, "swap_tensors", _swap_forgotten(mode)))
         yield _compute if host else _compute_beside_host, shares
+
+
+def _swap_forgotten(mode: FakeTensorMode) -> Callable[..., None]:
+    """torch.utils.swap_tensors, by which a module changes what its weights are. It refuses a tensor that is known."""
+    swap = torch.utils.swap_tensors
+
+    def call(*pair: Tensor) -> None:
+        mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        swap(*pair)
+
+    return call
 
 
 def _once_for_each_shape(quantize: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
@@ -95,8 +111,13 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     if func is torch.ops.prim.device.default:
         return args[0].fake_device
+    if func.namespace == "c10d":  # the other processes have nothing to say
+        at_once: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        at_once.set_result([])
+        done = _create_work_from_future(at_once).boxed()
+        return done if len(func._schema.returns) == 1 else (args[0], done)
     if "out" in kwargs:
-        return kwargs["out"]
+        return kwargs["out"] if func._schema.returns else None
     if _changes_data_alone(func):
         return args[0] if func._schema.returns else None
     if func is aten.nonzero.default:
@@ -137,10 +158,11 @@ def _indices(mask: Tensor | None) -> list[Tensor | None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute be another, or be there, while this is entered."""
+    before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        delattr(owner, name) if before is None else setattr(owner, name, before)

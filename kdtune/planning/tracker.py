@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from kdtune.planning import kernels
+from kdtune.planning.processes import sent, tensors
+from kdtune.planning.stand_ins import replaced
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -24,6 +26,7 @@ ADAPTERS = "adapters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
 TEACHER_WEIGHTS = "teacher weights"
+GATHERED = "gathered weights"
 ACTIVATIONS = "activations"
 TEACHER_ACTIVATIONS = "teacher activations"
 LOSS = "loss"
@@ -35,12 +38,20 @@ PARTS = (
     GRADIENTS,
     OPTIMIZER,
     TEACHER_WEIGHTS,
+    GATHERED,
     ACTIVATIONS,
     TEACHER_ACTIVATIONS,
     LOSS,
     TEMPORARY,
     OTHER,
 )
+# What FSDP makes, by its own names of what it does.
+_OF_FSDP = {
+    "FSDP::all_gather": GATHERED,
+    "FSDP::all_gather_copy_out": GATHERED,
+    "FSDP::post_backward_reshard": GRADIENTS,  # in float32, where they add up over micro-batches
+    "FSDP::post_backward_reduce": GRADIENTS,
+}
 
 
 @dataclass
@@ -74,6 +85,7 @@ class Tracker(TorchDispatchMode):
         peaks: by device.
         flops: of matrix products, by what they were done for (`student`, `teacher`, which are their bodies, or `heads`)
             and the number format of their factors.
+        sent: bytes to other processes, by the kind of collective, what is sent, and the ranks of the group.
     """
 
     def __init__(self, compute: Callable[..., Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> None:
@@ -81,10 +93,12 @@ class Tracker(TorchDispatchMode):
         self._compute = compute
         self.peaks: dict[torch.device, Peak] = defaultdict(Peak)
         self.flops: dict[tuple[str, torch.dtype], float] = defaultdict(float)
+        self.sent: dict[tuple[str, str, tuple[int, ...]], float] = defaultdict(float)
         self._blocks: dict[int, _Block] = {}  # by address
         self._held: dict[torch.device, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._roles: dict[int, str] = {}  # of modules, by id
         self._inside: list[str] = []  # roles of the modules that are being called
+        self._regions: list[str] = []  # that the profiler would show
         self._phase = "loading"
         self._part = OTHER
 
@@ -97,9 +111,10 @@ class Tracker(TorchDispatchMode):
         return sum(self._held[device].values())
 
     def restart(self) -> None:
-        """Forget the peaks and the products so far."""
+        """Forget the peaks, the products and the messages so far."""
         self.peaks.clear()
         self.flops.clear()
+        self.sent.clear()
         for device in self._held:
             self._look(device)
 
@@ -123,10 +138,11 @@ class Tracker(TorchDispatchMode):
         self._roles |= dict.fromkeys(
             (id(getattr(root, "head", None)) for roots in models.values() for root in roots), ""
         )
-        hooks: list[Any] = [
-            nn.modules.module.register_module_forward_pre_hook(self._enter),
-            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        hooks: list[Any] = []
+        for module in {module for roots in models.values() for root in roots for module in root.modules()}:
+            # Before and after other hooks, which gather what a module takes and gives.
+            hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            hooks.append(module.register_forward_hook(self._leave, always_call=True))
         for role, roots in models.items():
             parameters = [parameter for root in roots for parameter in root.parameters()]
             trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -136,7 +152,8 @@ class Tracker(TorchDispatchMode):
                 self.assign(trainable, ADAPTERS)
             hooks += [parameter.register_post_accumulate_grad_hook(self._take_gradient) for parameter in trainable]
         try:
-            yield
+            with replaced(torch.UntypedStorage, "resize_", self._resize_with(torch.UntypedStorage.resize_)):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -156,20 +173,25 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(is_traceable_wrapper_subclass(arg) for arg in _tensors((args, kwargs))):
+        if any(is_traceable_wrapper_subclass(arg) for arg in tensors((args, kwargs))):
             return NotImplemented  # it takes itself apart, and what it does with its parts comes by here
         if _is_composite(func):  # which without autograd comes whole
             with self:
                 return func.decompose(*args, **kwargs)
         out = self._compute(func, args, kwargs)
-        for tensor in _tensors(out):
+        for tensor in tensors(out):
             self._see(tensor)
         products = kernels.flops(func, args, kwargs, out)
         if products:
             self.flops[self._doing()[2], kernels.factor(func, args).dtype] += products
+        if message := sent(func, args, out):
+            kind, ranks, num_bytes = message
+            self.sent[kind, self._doing()[1], ranks] += num_bytes
+        if func.namespace == "profiler":
+            self._follow_region(func, args)
         workspace = kernels.workspace(func, args)
         if workspace:
-            device = _device(next(_tensors(out)))
+            device = _device(next(tensors(out)))
             held = self._held[device]
             held[TEMPORARY] += workspace
             self._look(device)
@@ -186,6 +208,23 @@ class Tracker(TorchDispatchMode):
         self._blocks[address] = _Block(num_bytes, part, device, weakref.ref(storage, self._forget(address)))
         self._held[device][part] += num_bytes
         self._look(device)
+
+    def _resize_with(self, resize: Callable[..., None]) -> Callable[..., None]:
+        def follow(storage: torch.UntypedStorage, num_bytes: int) -> None:
+            """As FSDP does it, which lets the bytes of weights go and keeps their tensors."""
+            resize(storage, num_bytes)
+            if block := self._blocks.get(storage._cdata):
+                self._held[block.device][block.part] += num_bytes - block.num_bytes
+                block.num_bytes = num_bytes
+                self._look(block.device)
+
+        return follow
+
+    def _follow_region(self, func: Any, args: tuple[Any, ...]) -> None:
+        if "enter" in func._schema.name:
+            self._regions.append(args[0].split(" ")[0])  # FSDP adds the name of the module
+        else:
+            self._regions.pop()
 
     def _forget(self, address: int) -> Callable[[object], None]:
         def forget(_: object) -> None:
@@ -205,20 +244,20 @@ class Tracker(TorchDispatchMode):
         role = self._inside[-1] if self._inside else ""
         if torch._C._current_graph_task_id() != -1:  # within a backward
             # A layer that is called in it computes again what was not kept.
-            return "backward", ACTIVATIONS if role == STUDENT else TEMPORARY, STUDENT
-        if role == STUDENT:
-            return "student's forward", ACTIVATIONS, STUDENT
-        if role == TEACHER:
-            return "teacher's forward", TEACHER_ACTIVATIONS, TEACHER
-        return self._phase, self._part, "heads"
+            phase, part, work = "backward", ACTIVATIONS if role == STUDENT else TEMPORARY, STUDENT
+        elif role == STUDENT:
+            phase, part, work = "student's forward", ACTIVATIONS, STUDENT
+        elif role == TEACHER:
+            phase, part, work = "teacher's forward", TEACHER_ACTIVATIONS, TEACHER
+        else:
+            phase, part, work = self._phase, self._part, "heads"
+        return phase, _OF_FSDP.get(self._regions[-1], part) if self._regions else part, work
 
     def _enter(self, module: nn.Module, _: Any) -> None:
-        if id(module) in self._roles:
-            self._inside.append(self._roles[id(module)])
+        self._inside.append(self._roles[id(module)])
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        if id(module) in self._roles:
-            self._inside.pop()
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
 
     def _take_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -228,20 +267,11 @@ class Tracker(TorchDispatchMode):
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that a quantised or sharded one is made of; itself if it is plain."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+            if isinstance(part, Tensor):  # not a mesh
+                yield from plain_tensors(part)
     else:
         yield tensor
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
 
 
 @functools.cache

@@ -184,3 +184,55 @@ def test_settings_that_a_run_refuses(argv: list[str], kdtune: Run) -> None:
     status, _, err = kdtune(*argv, "optimizer_in_bwd=true")
     assert status == 2
     assert "clip_grad_norm=1.0 shrinks the gradient by its norm" in err
+
+
+def test_of_one_of_several_processes(argv: list[str], kdtune: Run) -> None:
+    layout = ["--nproc-per-node", "4", "--nnodes=2"]
+    settings = [*argv[1:], "parallel.data_replicate=2", "gradient_accumulation_steps=3"]
+    status, out, err = kdtune("plan", *layout, *settings)
+    assert (status, err) == (0, "")
+    assert "processes 8: data_replicate 2, data_shard 4; of number 0, which holds most:\n" in out
+    assert "\nstep      12 x 64 tokens in 3 micro-batches, bf16; 96 rows in all\n" in out
+    assert re.search(r"^ +gathered weights +\d+ KiB$", out, re.MULTILINE)
+    assert re.search(r"^sends     \S+ GB a step, and gets as much:$", out, re.MULTILINE)
+    assert re.search(r"^ +all-gather of weights +\S+ GB  4 processes$", out, re.MULTILINE)
+    assert re.search(r"^ +all-reduce of gradients +\S+ GB  2 processes on 2 nodes$", out, re.MULTILINE)
+    assert re.search(r"^at least, on +GB +fits +s a step +tokens/s +s sending$", out, re.MULTILINE)
+
+    record = json.loads(kdtune("plan", *layout, *settings, "--json")[1])
+    assert record["layout"]["data_shard"] == 4
+    assert record["num_data_ranks"] == 8
+    assert {"kind": "all-reduce", "part": "gradients", "size": 2, "nodes": 2} in [
+        {key: value for key, value in message.items() if key != "bytes"} for message in record["sent_bytes"]
+    ]
+    (h100,) = [one for one in record["accelerators"] if one["name"] == "H100 SXM"]
+    assert 0 < h100["seconds_sending"] < 1
+
+    _, out, _ = kdtune("plan", *layout, *settings, "--budget", "24GB")
+    assert out.endswith("It fits 24 GB as it is.\n")
+
+
+def test_a_budget_of_several_processes(big: list[str], kdtune: Run) -> None:
+    _, out, _ = kdtune("plan", "--nproc-per-node=2", *big[1:], "--budget=2.4GB", "parallel.data_replicate=2")
+    (run,) = re.findall(r"^run       (kdtune run .*)$", out, re.MULTILINE)
+    assert run.startswith("kdtune run --nproc-per-node 2 knowledge_distillation ")
+    assert run.endswith(" parallel.data_replicate=1 parallel.data_shard=null")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        (["--nproc-per-node=gpu"], [], "invalid number value: 'gpu'"),
+        (["--nnodes=2"], [], "say how many processes there are on a machine"),
+        (["--nproc-per-node=4"], ["parallel.data_shard=3"], "parallel.data_shard=3 times"),
+        ([], ["parallel.tensor=2"], "there is 1 process:"),
+        (["--nproc-per-node=2"], ["parallel.tensor=2"], "the student has 1 key heads"),
+        (["--nproc-per-node=2"], ["teacher.quantization=int8"], "weights of few bits are not cut"),
+    ],
+)
+def test_processes_that_a_run_refuses(
+    options: list[str], settings: list[str], message: str, argv: list[str], kdtune: Run
+) -> None:
+    status, out, err = kdtune("plan", *options, *argv[1:], *settings)
+    assert (status, out) == (2, "")
+    assert message in err

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kdtune import checkpoint, config, data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
+from kdtune.data.batch import ALL
 from kdtune.distributed import ALONE
 from kdtune.documents import Documents
 from kdtune.optim import moments
@@ -81,16 +82,16 @@ def planned(name: str, cfg: Any) -> Plan:
     return plan(cfg, recipe(name).build, recipe(name).forward_backward)
 
 
-def step(name: str, cfg: Any, built: tuple[Any, ...]) -> None:
+def step(name: str, cfg: Any, built: tuple[Any, ...], share: data.Share = ALL) -> None:
     """An optimizer step on random rows of the full length with a label everywhere."""
     *models, optimizer = built
     shape = cfg.batch_size, cfg.tokenizer.max_seq_len
-    micro_batches = []
+    rows = []
     for _ in range(cfg.gradient_accumulation_steps):
         tokens, labels = (torch.randint(STUDENT["vocab_size"], shape) for _ in range(2))
         documents = Documents.in_rows([[shape[1]]] * shape[0]) if cfg.dataset.packed else None
-        micro_batches.append(data.Batch(tokens, labels, torch.arange(shape[1]).expand(shape), documents))
-    recipe(name).forward_backward(cfg, *models, micro_batches, data.count_labels(micro_batches))
+        rows.append(data.Batch(tokens, labels, torch.arange(shape[1]).expand(shape), documents))
+    recipe(name).forward_backward(cfg, *models, [share.of(some) for some in rows], data.count_labels(rows))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -147,7 +147,7 @@ def test_floor_of_the_time(settings: str, formats: dict[str, tuple[str, ...]], t
     folder = real_steps.write_config(tmp_path, STUDENT)
     plan = real_steps.planned(KD, real_steps.settings(KD, folder, folder, "device=cuda", *settings.split()))
     rates = {"bf16": 100.0, "tf32": 10.0, "fp32": 1.0}
-    compute_bound = planning.Accelerator("", 80, 1e9, rates["bf16"], rates["tf32"], rates["fp32"])
+    compute_bound = planning.Accelerator("", 80, 1e9, rates["bf16"], rates["tf32"], rates["fp32"], link=1)
     expected = sum(plan.flops[part] / (rates[name] * 1e12) for name, parts in formats.items() for part in parts)
     if "teacher.dtype=bf16" in settings:  # its head is multiplied by the loss, in its own format
         (d, v), tokens = (STUDENT["hidden_size"], STUDENT["vocab_size"]), plan.num_tokens
@@ -159,7 +159,7 @@ def test_floor_of_the_time_with_an_adapter(tmp_path: Path) -> None:
     """The optimizer has nothing to do with frozen weights."""
     folder = real_steps.write_config(tmp_path, STUDENT)
     plan = real_steps.planned(FINETUNE, real_steps.settings(FINETUNE, folder, folder, "device=cuda", "lora.rank=1"))
-    memory_bound = planning.Accelerator("", 80, 1e-9, 1e9, 1e9, 1e9)
+    memory_bound = planning.Accelerator("", 80, 1e-9, 1e9, 1e9, 1e9, link=1)
     held = plan.device.parts
     trained = 2 * (2 * held["adapters"] + held["optimizer"]) + held.get("gradients", 0)
     assert planning.seconds(plan, memory_bound) == pytest.approx((2 * held["student weights"] + trained) / 1e3)
