@@ -168,7 +168,8 @@ class _HeadElsewhere(nn.Module):
     def __init__(self, stage: Stage, weight: Tensor, config: ModelConfig) -> None:
         super().__init__()
         self.stage = stage
-        self.in_features, self.out_features = config.hidden_size, config.vocab_size
+        # Tensor parallel leaves a teacher no more entries than its student has.
+        self.in_features, self.out_features = config.hidden_size, min(config.vocab_size, len(weight))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device="meta"), persistent=False)
 
     @property
