@@ -71,6 +71,8 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     teacher: Any = getattr(cfg, "teacher", None)
     teacher_parallel = getattr(cfg, "teacher_parallel", None) or cfg.parallel
     distributed.check_layout(teacher_parallel, ranks.size, "teacher_parallel" if teacher else "parallel")
+    if teacher_parallel is not cfg.parallel:
+        check_without_backward(teacher_parallel, "teacher_parallel")
     if ranks.size == 1:
         return
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
@@ -112,6 +114,23 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
             "which each process has a part. Take another divergence, or parallel.data_shard instead."
+        )
+
+
+def check_without_backward(cfg: ParallelConfig, section: str) -> None:
+    """Refuse a setting about the backward for a model that has none.
+
+    Args:
+        cfg: how it is spread.
+        section: of the settings, to name them.
+
+    Raises:
+        ValueError: says which.
+    """
+    if not cfg.reshard_after_forward:
+        raise ValueError(
+            f"{section}.reshard_after_forward=false keeps a layer's weights for its backward, and this model has none. "
+            "Leave it out."
         )
 
 

@@ -117,6 +117,7 @@ def check(cfg: Config) -> Inputs:
             "comes token by token. Take parallel.tensor or parallel.data_shard for a model that is too large for one "
             "process, and parallel.data_replicate for many prompts."
         )
+    preflight.check_without_backward(cfg.parallel, "parallel")
     if cfg.temperature == 0 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise ValueError(
             "temperature=0 takes the likeliest token each time, so top_k, top_p and num_samples change nothing. Sample "

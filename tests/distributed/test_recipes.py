@@ -115,6 +115,7 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
     [
         (["parallel.data_replicate=3"], "parallel.data_replicate=3 times parallel.data_shard=1"),
         (["teacher_parallel.data_shard=4"], "teacher_parallel.data_shard=4"),
+        (["teacher_parallel.reshard_after_forward=false"], "for its backward, and this model has none"),
         (["lora.rank=2", "parallel.tensor=2"], "lora does not go with parallel.tensor=2"),
         (["qat.weights=int8", "parallel.tensor=2"], "qat does not go with parallel.tensor=2"),
         (["optimizer_in_bwd=true", "parallel.pipeline=2"], "optimizer_in_bwd does not go with parallel.pipeline=2"),

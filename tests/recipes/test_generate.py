@@ -98,6 +98,7 @@ def test_bf16(generate: Generate) -> None:
         (["prompt=a", "num_samples=2"], "temperature=0 takes the likeliest token"),
         (["prompt=a", "system_prompt=b"], "give chat=true"),
         (["prompt=a", "parallel.tensor=2"], "there is 1 process"),
+        (["prompt=a", "parallel.reshard_after_forward=false"], "for its backward, and this model has none"),
         (["prompt=a", "max_new_tokens=128"], "prompt: prompt 1 with 128 new tokens is 1"),
         (["prompt=a", "top_p=1.5", "temperature=1"], "top_p"),
         (["prompt=a", "temperature=-1"], "temperature"),
