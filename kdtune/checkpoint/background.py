@@ -47,7 +47,8 @@ class Background:
 
         def run(ranks: Ranks) -> None:
             if copied is not None:
-                torch.accelerator.set_device_index(device)  # a thread begins with the first one
+                if device.index is not None:
+                    torch.accelerator.set_device_index(device.index)  # a thread begins with the first one
                 copied.synchronize()
             with torch.no_grad():
                 write(copy, ranks)
