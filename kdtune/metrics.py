@@ -15,6 +15,9 @@ import torch
 from tqdm import tqdm
 
 from kdtune.config import setting
+from kdtune.distributed import Ranks
+
+_MOST_RANKS = 8  # of which each has a number of its own in every line
 
 
 @dataclass
@@ -167,6 +170,19 @@ def peak_memory_gib(device: torch.device) -> float:
         return int(found[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, kilobytes on Linux
+
+
+def peak_memory(ranks: Ranks) -> dict[str, float]:
+    """What is logged of it: `peak_memory_gib` of the rank that used the most; of several also each, of many the least.
+
+    With one process for each GPU, ranks differ where a pipeline's stages, or what is left over of a cut, do.
+    """
+    peaks = ranks.gather(peak_memory_gib(ranks.device))
+    if len(peaks) > _MOST_RANKS:
+        by_rank = {"least": min(peaks)}
+    else:
+        by_rank = {f"rank_{rank}": peak for rank, peak in enumerate(peaks) if len(peaks) > 1}
+    return {"peak_memory_gib": max(peaks), **{f"peak_memory_gib/{name}": peak for name, peak in by_rank.items()}}
 
 
 def _lines(path: Path) -> list[str]:

@@ -132,7 +132,7 @@ def main(cfg: Config) -> None:
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
                     "tokens_per_second": throughput.read(),
-                    "peak_memory_gib": ranks.most(metrics.peak_memory_gib(ranks.device)),
+                    **metrics.peak_memory(ranks),
                 }
                 logger.log(step, values)
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:.0f} tokens/s".format(**values), refresh=False)

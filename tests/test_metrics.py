@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdtune import metrics
+from kdtune.distributed import Ranks
 from kdtune.metrics import MetricLogger, MetricLoggerConfig, Throughput
 
 
@@ -134,3 +135,15 @@ def test_peak_memory() -> None:
     assert metrics.peak_memory_gib(cpu) == pytest.approx(before + 0.125, abs=0.06)
     del tensor
     assert metrics.peak_memory_gib(cpu) == pytest.approx(before + 0.125, abs=0.06), "the peak stays"
+
+
+@pytest.mark.parametrize(
+    ("size", "others"), [(1, {}), (2, {"rank_0": 1.0, "rank_1": 3.0}), (9, {"least": 1.0})], ids=lambda case: str(case)
+)
+def test_peak_memory_of_several(size: int, others: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged stays short, however many there are."""
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, value: [value, 3.0, *[2.0] * 7][: ranks.size])
+    monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: 1.0)
+    found = metrics.peak_memory(Ranks(torch.device("cpu"), size=size))
+    named = {f"peak_memory_gib/{name}": value for name, value in others.items()}
+    assert found == {"peak_memory_gib": 1.0 if size == 1 else 3.0, **named}

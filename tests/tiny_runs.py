@@ -106,7 +106,8 @@ def steps(output_dir: Path) -> list[dict[str, Any]]:
 
 def numbers(output_dir: Path) -> list[dict[str, Any]]:
     """All of metrics.jsonl, without what is measured."""
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines(output_dir)]
+    found = lines(output_dir)
+    return [{key: value for key, value in line.items() if key.split("/")[0] not in MEASURED} for line in found]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

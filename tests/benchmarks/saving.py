@@ -80,9 +80,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument(
-        "--output-dir", help="on the disk to measure; that of temporary files if absent"
-    )
+    parser.add_argument("--output-dir", help="on the disk to measure; that of temporary files if absent")
     parser.set_defaults(dtype="bf16")
     settings = harness.parse(parser, VARIANTS)
 

@@ -96,6 +96,8 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
     validated_on_stopping = [line for line in found if line["step"] == 4 and "loss" not in line]
     assert validated_on_stopping, "the run that ended after four steps"
     found = [line for line in found if line not in validated_on_stopping]
+    of_ranks = [key for key in tiny_runs.lines(in_two / name)[-2] if key.startswith("peak_memory_gib/")]
+    assert of_ranks == ["peak_memory_gib/rank_0", "peak_memory_gib/rank_1"]
     assert [sorted(line) for line in found] == [sorted(line) for line in expected]
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=2e-3)

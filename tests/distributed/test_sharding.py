@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
 from steps import LENGTHS, Traffic, Training, resume, train, write
 
-from kdtune import checkpoint, distributed
+from kdtune import checkpoint, distributed, metrics
 from kdtune.checkpoint import weights
 from kdtune.checkpoint.state import Run
 from kdtune.distributed import ParallelConfig, Ranks
@@ -47,7 +50,24 @@ def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("models")
     oracle("qwen3", tie_word_embeddings=True).save_pretrained(folder / "student")
     oracle("llama", hidden_size=128, num_key_value_heads=1).save_pretrained(folder / "teacher")
+    write_zeros(folder / "zeros")
     return folder
+
+
+def write_zeros(folder: Path) -> None:
+    """A model of 190 MB in bf16, which takes no room on the disk."""
+    config = {"model_type": "llama", "vocab_size": 60_000, "hidden_size": 1024, "intermediate_size": 4096}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 8, "tie_word_embeddings": True}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in parameter_shapes(from_hf_config(config)).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def most_bytes_read(models: Path) -> float:
@@ -84,6 +104,18 @@ def draw(folder: Path) -> list[list[float]]:
     return ranks.gather([drawn, torch.rand(1).item()])
 
 
+def growth(folder: Path) -> list[float]:
+    """Of the memory of each process while it loads its part of a model of 190 MB, to all of the model."""
+    ranks = distributed.join(ParallelConfig(), "cpu")
+    shapes = parameter_shapes(from_hf_config(checkpoint.read_config(folder)))
+    total = 2 * sum(map(math.prod, shapes.values()))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = psutil.Process().memory_info().rss
+    shard = distributed.sharding(ranks, ParallelConfig(), trains=False)
+    checkpoint.load_model(folder, dtype=torch.bfloat16, device="cpu", shard=shard)
+    return ranks.gather((metrics.peak_memory_gib(ranks.device) * 2**30 - before) / total)
+
+
 def traffic(models: Path, parallel: ParallelConfig, **settings: Any) -> list[int]:
     """Of a step."""
     training = Training(models, parallel, **settings)
@@ -115,6 +147,8 @@ def fill_disk(models: Path, folder: Path) -> list[str]:
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     """What one process of so many does, one layout after the other."""
     found: dict[str, Any] = {"most bytes read": most_bytes_read(models), "drawn": draw(folder / f"drawn_{size}")}
+    if sys.platform == "linux":
+        found["growth"] = growth(models / "zeros")  # after another was loaded, which imports what it needs
     for name, parallel in LAYOUTS[size].items():
         found[f"traffic {name}"] = traffic(models, parallel)
         found[name] = train(models, parallel, folder / f"{name}_{size}")
@@ -225,6 +259,13 @@ def test_a_process_reads_its_own_part(size: int, models: Path, found: tuple[dict
     numbers, _ = found
     total = sum(weight.nbytes for weight in load_file(models / "teacher" / "model.safetensors").values())
     assert total / size <= numbers[f"most bytes read_{size}"] < 1.05 * total / size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_a_process_takes_memory_for_its_own_part(size: int, found: tuple[dict[str, Any], Path]) -> None:
+    numbers, _ = found
+    assert all(1 / size <= grown < 1 / size + 0.04 for grown in numbers[f"growth_{size}"])
 
 
 @pytest.mark.parametrize("run", RUNS)
