@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,32 @@ _IMPORTED = [
 
 def run(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(*args)` in so many processes at a time, and what each returned."""
-    (port,) = free_ports(1)
     # Forked off a process that has imported what takes seconds and has no threads, unlike this one.
     multiprocessing.set_forkserver_preload(_IMPORTED)
-    mp.start_processes(_start, (size, port, function, folder, args), size, start_method="forkserver")
+    mp.start_processes(_start, (size, free_port(), function, folder, args), size, start_method="forkserver")
     return [torch.load(folder / f"answer_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at, each another."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def free_port() -> int:
+    """Of this machine: nobody listens at it."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def meet_at_another_port(told: Path) -> None:
+    """For the next meeting of these processes. It is looked for now: what they open meanwhile takes ports, too.
+
+    Args:
+        told: a new file in which the first one tells the others.
+    """
+    if os.environ["RANK"] == "0":
+        aside = told.with_suffix(".tmp")
+        aside.write_text(str(free_port()))
+        aside.rename(told)
+    while not told.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = told.read_text()
 
 
 def _start(rank: int, size: int, port: int, function: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:

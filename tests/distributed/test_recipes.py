@@ -46,12 +46,12 @@ TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
 
-def work(tiny: Path, folder: Path, ports: list[int]) -> None:
+def work(tiny: Path, folder: Path) -> None:
     for name, (recipe, of_two, of_both) in RUNS.items():
-        os.environ["MASTER_PORT"] = str(ports.pop())  # each run meets anew
+        ranks.meet_at_another_port(folder / f"port_of_{name}")
         settings = [*HALVES, *(setting.format(folder) for setting in of_both), *of_two, *tiny_runs.validated_on(tiny)]
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
-        os.environ["MASTER_PORT"] = str(ports.pop())
+        ranks.meet_at_another_port(folder / f"next_port_of_{name}")
         recipe(tiny, folder / name, *settings, "resume_from_checkpoint=true")
 
 
@@ -65,16 +65,16 @@ def continuations(folder: Path, *settings: str) -> str:
     return out.read_text() if os.environ.get("RANK", "0") == "0" else ""
 
 
-def generate_in_two(folder: Path, ports: list[int]) -> list[str]:
+def generate_in_two(folder: Path) -> list[str]:
     found = []
     for layout in GENERATING:
-        os.environ["MASTER_PORT"] = str(ports.pop())
+        ranks.meet_at_another_port(folder / f"port_of_{layout}")
         found.append(continuations(folder, f"parallel.{layout}=2"))
     return found
 
 
 def test_generate_in_two_processes(in_two: Path) -> None:
-    first, _ = ranks.run(2, generate_in_two, in_two, in_two, ranks.free_ports(len(GENERATING)))
+    first, _ = ranks.run(2, generate_in_two, in_two, in_two)
     assert first == [continuations(in_two)] * len(GENERATING)
 
 
@@ -83,7 +83,7 @@ def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
-    ranks.run(2, work, folder, tiny, folder, ranks.free_ports(2 * len(RUNS)))
+    ranks.run(2, work, folder, tiny, folder)
     return folder
 
 
