@@ -78,8 +78,10 @@ class Stage:
     def add_other_end(self, x: Tensor) -> None:
         """Add to `x` of the first stage that of the last, and the other way round; both have the sum then."""
         other, peer = torch.empty_like(x), self.count - 1 - self.index
-        ops = [dist.P2POp(dist.isend, x, group=self._onward, group_peer=peer)]
-        ops.append(dist.P2POp(dist.irecv, other, group=self._onward, group_peer=peer))
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+        # One after the other: two ends that both send first would wait for each other on a GPU.
+        if self.is_first:
+            dist.send(x, group=self._onward, group_dst=peer)
+        dist.recv(other, group=self._onward, group_src=peer)
+        if self.is_last:
+            dist.send(x, group=self._onward, group_dst=peer)
         x += other
