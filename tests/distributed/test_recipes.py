@@ -68,7 +68,7 @@ def continuations(folder: Path, *settings: str) -> str:
 def generate_in_two(folder: Path) -> list[str]:
     found = []
     for layout in GENERATING:
-        ranks.meet_at_another_port(folder / f"port_of_{layout}")
+        ranks.meet_at_another_port(folder / f"port_of_generate_{layout}")
         found.append(continuations(folder, f"parallel.{layout}=2"))
     return found
 

@@ -106,8 +106,8 @@ def test_a_run_resumes(optimizer: list[str], tiny: Path, tmp_path: Path, monkeyp
     whole = finetune(tiny, tmp_path / "whole", *settings)
     save = checkpoint.Run.save
 
-    def dying(run: checkpoint.Run) -> Path:
-        save(run)
+    def dying(run: checkpoint.Run, in_background: bool) -> Path:
+        save(run, in_background)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.Run, "save", dying)
