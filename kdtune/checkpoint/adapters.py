@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint.weights import DTYPES, PIECE, StoredTensor, has_data, read_header, read_into, write_tensors
+from kdtune.checkpoint.weights import (
+    DTYPES,
+    PIECE,
+    StoredTensor,
+    check_finite,
+    has_data,
+    read_header,
+    read_into,
+    some_of,
+    write_tensors,
+)
 from kdtune.distributed import ALONE, Ranks, trained_weights
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
@@ -160,7 +170,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
             raise ValueError(_other_model(folder, f"it has {name}, for which there is no place"))
         expected |= _parts(adapter, _module(name), shapes[weight]) if ".lora_" in name else {name: shapes[weight]}
     if different := sorted(expected.keys() ^ places.keys()):
-        raise ValueError(f"{folder}: {_some(different)} should be there and is not, or the reverse. Copy it again.")
+        raise ValueError(f"{folder}: {some_of(different)} should be there and is not, or the reverse. Copy it again.")
     for name, place in places.items():
         if adapter.shape(name) != expected[name]:
             shapes_said = f"{list(adapter.shape(name))}, and should have {list(expected[name])}"
@@ -202,7 +212,7 @@ def check_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig) -> 
     if different := sorted(shapes.keys() ^ adapter.stored.keys()):
         raise ValueError(
             f"{folder} is not the adapter that lora.target_modules={lora.target_modules} and lora.modules_to_save="
-            f"{lora.modules_to_save} describe: only one of the two has {_some(different)}. Give the settings that it "
+            f"{lora.modules_to_save} describe: only one of the two has {some_of(different)}. Give the settings that it "
             "was trained with."
         )
     for name, shape in shapes.items():
@@ -262,11 +272,7 @@ def save_adapter(
     """
     with ranks.together():
         trained = trained_weights(model) if trained is None else trained
-        if broken := [name for name, value in trained.items() if not local(value).isfinite().all()]:
-            raise FloatingPointError(
-                f"{_some(broken)} hold numbers that are not finite, so the adapter is not written; what was saved "
-                "before is untouched. Resume from there with a lower learning rate."
-            )
+        check_finite(trained, "adapter")
     tensors = {}
     for name, value in trained.items():
         gathered = whole(value)
@@ -378,8 +384,3 @@ def _ends(modules: Iterable[str], model: Decoder) -> list[str]:
 
 def _other_model(folder: Path, why: str) -> str:
     return f"{folder} is the adapter of another model: {why}. Use it with the model that it was trained on."
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

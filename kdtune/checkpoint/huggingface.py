@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,15 @@ from kdtune.checkpoint.scaled import (
     with_scales,
 )
 from kdtune.checkpoint.source import Source
-from kdtune.checkpoint.weights import DTYPES, StoredTensor, has_data, read_header, write_tensors
+from kdtune.checkpoint.weights import (
+    DTYPES,
+    StoredTensor,
+    check_finite,
+    has_data,
+    read_header,
+    some_of,
+    write_tensors,
+)
 from kdtune.distributed import ALONE, Ranks, trained_weights
 from kdtune.dtensors import held, local, whole
 from kdtune.models import (
@@ -138,16 +146,16 @@ def check_files(folder: str | Path, config: ModelConfig) -> dict[str, StoredTens
     if config.tie_embeddings:
         ignored.add("lm_head.weight")  # some exporters write the tied head too
     if parts := [name for name in stored if PART.search(name)]:
-        raise ValueError(refusal(folder, f"{method or 'in a format of its own'}, with {_some(parts)}"))
+        raise ValueError(refusal(folder, f"{method or 'in a format of its own'}, with {some_of(parts)}"))
     missing = [name for name in shapes if name not in stored]
     if missing:
         raise ValueError(
-            f"{folder} lacks {_some(missing)}, which its config.json calls for. Either a download was incomplete, or "
+            f"{folder} lacks {some_of(missing)}, which its config.json calls for. Either a download was incomplete, or "
             "config.json belongs to another model."
         )
     if unexpected := [name for name in stored if name not in shapes and name not in ignored]:
         raise ValueError(
-            f"{folder} has {_some(unexpected)}, for which the model of its config.json has no place. Leaving out "
+            f"{folder} has {some_of(unexpected)}, for which the model of its config.json has no place. Leaving out "
             "trained weights would change the model: check model_type, num_hidden_layers and the bias settings there."
         )
     for name, shape in shapes.items():
@@ -286,11 +294,7 @@ def save_model(
         config[QUANTIZATION_KEYS[0]] = compressed_config(qat)
     with ranks.together():
         values = trained_weights(model) if trained is None else trained
-        if broken := [name for name, value in values.items() if not local(value).isfinite().all()]:
-            raise FloatingPointError(
-                f"{_some(broken)} hold numbers that are not finite, so the model is not written; what was saved before "
-                "is untouched. Resume from there with a lower learning rate."
-            )
+        check_finite(values, "model")
         folder.mkdir(parents=True, exist_ok=True)
         if ranks.is_first:
             for name, content in (companions or {}).items():
@@ -426,7 +430,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} is not a valid index of shards. Download it again.") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {_some(missing)} of the {len(names)} shards that {INDEX} lists. "
+            f"{folder} lacks {some_of(missing)} of the {len(names)} shards that {INDEX} lists. "
             "Download the missing ones again."
         )
     return [folder / name for name in names]
@@ -462,9 +466,3 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from io import SEEK_CUR, FileIO
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from kdtune.dtensors import local
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is a number only together with a scale. Each is exact in bfloat16.
@@ -123,6 +125,29 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         file.chmod(mode)  # safetensors 0.8 lets nobody but the owner read
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from error
+
+
+def check_finite(trained: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to write numbers with which nothing could be done.
+
+    Args:
+        trained: by name, of which this process may hold a part.
+        what: model or adapter, to name it.
+
+    Raises:
+        FloatingPointError: says which are not finite.
+    """
+    if broken := [name for name, value in trained.items() if not local(value).isfinite().all()]:
+        raise FloatingPointError(
+            f"{some_of(broken)} hold numbers that are not finite, so the {what} is not written; what was saved before "
+            "is untouched. Resume from there with a lower learning rate."
+        )
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def has_data(tensor: Tensor) -> bool:
