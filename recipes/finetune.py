@@ -170,16 +170,7 @@ def build(cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
-    model = checkpoint.load_start(
-        cfg.checkpointer,
-        resume_from,
-        dtype=dtype,
-        device=ranks.device,
-        seed=cfg.seed,
-        lora=cfg.lora,
-        qat=cfg.qat,
-        shard=shard,
-    )
+    model = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=ranks.device, shard=shard)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)

@@ -199,16 +199,7 @@ def build(
     dtype = devices.DTYPES[cfg.dtype]
     teacher = load_teacher(cfg, ranks, cfg.teacher.quantization, cfg.teacher.offload)
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
-    student = checkpoint.load_start(
-        cfg.checkpointer,
-        resume_from,
-        dtype=dtype,
-        device=ranks.device,
-        seed=cfg.seed,
-        lora=cfg.lora,
-        qat=cfg.qat,
-        shard=shard,
-    )
+    student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=ranks.device, shard=shard)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)

@@ -14,7 +14,6 @@ from kdtune.models import (
     Decoder,
     LoraConfig,
     ModelConfig,
-    QATConfig,
     add_lora,
     check_quantization,
     from_hf_config,
@@ -172,38 +171,36 @@ def check_lora(
 
 
 def load_start(
-    cfg: StartCheckpointerConfig,
+    cfg: Any,
     resume_from: Path | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    seed: int,
-    lora: LoraConfig | None = None,
-    qat: QATConfig | None = None,
     shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
-    """The model as it is trained: from `cfg`, or from a checkpoint of its own run.
+    """The model as it is trained: from where its first step starts, or from a checkpoint of its own run.
 
     Args:
-        cfg: where the first step started.
+        cfg: a recipe's settings: `checkpointer`, with an adapter `lora`, with weights that are rounded `qat`, and the
+            `seed` of random weights and of a new adapter.
         resume_from: a checkpoint of the run. It is a whole model, and how the first one was made no longer matters; or
-            with `lora` an adapter, and the model is that of `cfg`, which no step changes.
+            with `lora` an adapter, and the model is that of `checkpointer`, which no step changes.
         dtype: of the weights in memory.
         device: where they are put.
-        seed: of `random_weights`, and of a new adapter.
-        lora: the adapter that is trained. None: all weights are.
-        qat: how weights are rounded in training. None: they are not.
         shard: as of `load_model`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model` and `load_adapter`.
     """
 
+    start: StartCheckpointerConfig = cfg.checkpointer
+    lora: LoraConfig | None = cfg.lora
+
     def prepare(model: Decoder) -> None:
         if lora is not None:
-            add_lora(model, lora, seed=seed)
-        if qat is not None:
-            prepare_qat(model, qat)
+            add_lora(model, lora, seed=cfg.seed)
+        if cfg.qat is not None:
+            prepare_qat(model, cfg.qat)
         if shard is not None:
             shard(model)
 
@@ -214,18 +211,18 @@ def load_start(
         model = load_model(resume_from, **settings)
     else:
         model = load_model(
-            cfg.checkpoint_dir,
-            adapter_dir=cfg.adapter_dir,
-            keep_layers=cfg.keep_layers,
+            start.checkpoint_dir,
+            adapter_dir=start.adapter_dir,
+            keep_layers=start.keep_layers,
             quantization=None if lora is None else lora.base_quantization,
-            random_weights=cfg.random_weights,
-            seed=seed,
+            random_weights=start.random_weights,
+            seed=cfg.seed,
             **settings,
         )
     if not is_prepared_first:
         prepare(model)
     elif lora is not None:
-        init_lora(model, seed=seed)
+        init_lora(model, seed=cfg.seed)
     if lora is not None:
         load_adapter(model, resume_from or lora.start_from)
     return model

@@ -54,6 +54,7 @@ class Settings:
 
     lora: LoraConfig | None = None
     qat: QATConfig | None = None
+    seed: int = 0
     optimizer_in_bwd: bool = False
     student: str = "student"  # or whose model it is
     dtype: torch.dtype = torch.float64
@@ -69,8 +70,7 @@ class Training:
         cfg.checkpointer.checkpoint_dir = str(models / cfg.student)
         load = {"dtype": cfg.dtype, "device": self.ranks.device}
         shard = distributed.sharding(self.ranks, parallel, trains=True)
-        changes = {"lora": cfg.lora, "qat": cfg.qat, "seed": 0}
-        self.student = checkpoint.load_start(cfg.checkpointer, start, **changes, **load, shard=shard)
+        self.student = checkpoint.load_start(cfg, start, **load, shard=shard)
         size = self.student.config.vocab_size
         shard_teacher = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
