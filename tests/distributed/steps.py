@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from kdtune.data.batch import without_labels
 from kdtune.distributed import ParallelConfig
 from kdtune.documents import Documents
 from kdtune.dtensors import is_spread
-from kdtune.models import LoraConfig, QATConfig, trained_parameters
+from kdtune.generation import generate
+from kdtune.models import LoraConfig, QATConfig, enable_activation_checkpointing, trained_parameters
 from kdtune.pipeline_parallel import schedule
 from kdtune.teacher import LiveTeacher
 
@@ -122,6 +123,38 @@ class Traffic(TorchDispatchMode):
         if func.name() == "c10d::alltoall_base_":
             self.exchanged += args[1].nbytes
         return func(*args, **(kwargs or {}))
+
+
+def save_pair(oracle: Callable[..., Any], folder: Path, **pair: tuple[str, dict[str, Any]]) -> None:
+    """Student and teacher in float64, each given by what `oracle` takes."""
+    for role, (name, changes) in pair.items():
+        oracle(name, **changes).double().save_pretrained(folder / role)
+
+
+def say(training: Training, lengths: Lengths, with_logits: bool = True) -> dict[str, Any]:
+    """Steps with activations that are computed twice; logits, where rows are whole, and greedy continuations."""
+    found: dict[str, Any] = {}
+    for mode in ("full", "selective"):
+        enable_activation_checkpointing(training.student, mode)
+        found[mode] = training.step(1, lengths)
+    vocab_size = training.student.config.vocab_size  # a teacher has no more where layers are split
+    for role, model in (("student", training.student), ("teacher", training.teacher.model)):
+        if with_logits:
+            with torch.no_grad():
+                found[f"{role} logits"] = model(rows(1)[0].tokens)[..., :vocab_size]
+        found[role] = generate(model.eval(), [[5, 3, 8], [7], [11, 2, 9, 4, 30]], max_new_tokens=5)
+    return found
+
+
+def check_same(numbers: dict[str, Any], folder: Path, run: str, other: str) -> None:
+    """Of two runs of `train`: what they logged, by name in `numbers`, and the models that they wrote."""
+    torch.testing.assert_close(numbers[run], numbers[other], rtol=1e-9, atol=0)
+    weights, expected = (
+        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
+        for name in (run, other)
+    )
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-9, atol=1e-12)
 
 
 def train(

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from steps import Lengths, Traffic, Training, resume, rows, train
+from steps import Lengths, Traffic, Training, check_same, resume, rows, save_pair, say, train
 
 from kdtune import checkpoint
 from kdtune.distributed import ParallelConfig
-from kdtune.generation import generate
-from kdtune.models import enable_activation_checkpointing
 
 LENGTHS: Lengths = (5, 1, (9, 3, 14))  # no multiples of the slices, shorter than their number, packed; one for two
 EVEN: Lengths = (8, 20, (9, 3, 14))  # where padding is no part of the length that dynamic rope goes by
@@ -35,29 +33,15 @@ RESUMED = {  # by number of processes: the run that goes on, and how
         ("windows_sliced", ParallelConfig(context=2, tensor=2)),
     ],
 }
-PROMPTS = [[5, 3, 8], [7], [11, 2, 9, 4, 30]]
 
 
 @pytest.fixture(scope="module")
 def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs with fewer key heads than slices, windows, and positions that depend on the length of the row."""
     folder = tmp_path_factory.mktemp("models")
-    for pair, (*of_roles, _) in PAIRS.items():
-        for role, (name, changes) in zip(("student", "teacher"), of_roles, strict=True):
-            oracle(name, **changes).double().save_pretrained(folder / pair / role)
+    for pair, (student, teacher, _) in PAIRS.items():
+        save_pair(oracle, folder / pair, student=student, teacher=teacher)
     return folder
-
-
-def say(models: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """Gradient norms with activation checkpointing, and greedy continuations."""
-    training = Training(models / "windows", parallel)
-    found: dict[str, Any] = {}
-    for mode in ("full", "selective"):
-        enable_activation_checkpointing(training.student, mode)
-        found[mode] = training.step(1, LENGTHS)
-    for role, model in (("student", training.student), ("teacher", training.teacher.model)):
-        found[role] = generate(model.eval(), PROMPTS, max_new_tokens=5)
-    return found
 
 
 def exchanged(models: Path, parallel: ParallelConfig) -> int:
@@ -82,7 +66,7 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     if size == 2:
         for pair, (*_, lengths) in PAIRS.items():
             found[f"{pair}_sliced"] = train(models / pair, CONTEXT, folder / f"{pair}_sliced", lengths)
-        found["says_sliced"] = say(models, CONTEXT)
+        found["says_sliced"] = say(Training(models / "windows", CONTEXT), LENGTHS, with_logits=False)
         found["exchanged"] = exchanged(models, CONTEXT)
     return found
 
@@ -96,7 +80,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
         f"{pair}_alone": train(models / pair, one, folder / f"{pair}_alone", lengths)
         for pair, (*_, lengths) in PAIRS.items()
     }
-    numbers["says_alone"] = say(models, one)
+    numbers["says_alone"] = say(Training(models / "windows", one), LENGTHS, with_logits=False)
     for size in (2, 4):
         answers = ranks.run(size, work, folder, size, models, folder)
         assert all(answer == answers[0] for answer in answers), "what is logged is the same on every process"
@@ -109,13 +93,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 def test_steps_are_those_of_one_process(pair: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
     sliced, alone = f"{pair}_sliced", f"{pair}_alone"
-    torch.testing.assert_close(numbers[sliced], numbers[alone], rtol=1e-9, atol=0)
-    trained, expected = (
-        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
-        for name in (sliced, alone)
-    )
-    for name, weight in expected.items():
-        torch.testing.assert_close(trained[name], weight, rtol=1e-9, atol=1e-12)
+    check_same(numbers, folder, sliced, alone)
 
 
 @pytest.mark.parametrize("size", RESUMED)

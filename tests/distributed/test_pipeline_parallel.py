@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from steps import Training, resume, rows, train
+from steps import Training, check_same, resume, rows, save_pair, say, train
 from torch import Tensor
 
-from kdtune import checkpoint
 from kdtune.distributed import ParallelConfig
-from kdtune.generation import generate
-from kdtune.models import enable_activation_checkpointing, from_hf_config, parameter_shapes
+from kdtune.models import from_hf_config, parameter_shapes
 from kdtune.pipeline_parallel import layers_of_stages, one_forward_one_backward, weights_of_stages
 from kdtune.stage import Stage
 
@@ -30,7 +28,6 @@ LAYOUTS = {  # by number of processes
         "context": ParallelConfig(pipeline=2, context=2),
     },
 }
-PROMPTS = [[5, 3, 8], [7], [11, 2, 9, 4, 30]]
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +35,9 @@ def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     """A student with a tied head, whose ends are in two stages, and a wider teacher without."""
     folder = tmp_path_factory.mktemp("models")
     student = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
-    oracle("qwen3-tied_biases", **student).double().save_pretrained(folder / "student")
-    teacher = oracle("llama", num_hidden_layers=7, hidden_size=128, vocab_size=101)
-    teacher.double().save_pretrained(folder / "teacher")
+    teacher = {"num_hidden_layers": 7, "hidden_size": 128, "vocab_size": 101}
+    save_pair(oracle, folder, student=("qwen3-tied_biases", student), teacher=("llama", teacher))
     return folder
-
-
-def say(models: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """Gradient norms with activation checkpointing, what both models say then, and which parameters are here."""
-    training = Training(models, parallel)
-    found: dict[str, Any] = {}
-    for mode in ("full", "selective"):
-        enable_activation_checkpointing(training.student, mode)
-        found[mode] = training.step(1, LENGTHS)
-    for role, model in (("student", training.student), ("teacher", training.teacher.model)):
-        with torch.no_grad():
-            found[f"{role} logits"] = model(rows(1)[0].tokens)[..., :97]  # of the entries that both have
-        found[role] = generate(model.eval(), PROMPTS, max_new_tokens=5)
-    return found
 
 
 def sent(models: Path, parallel: ParallelConfig) -> list[float]:
@@ -93,7 +75,7 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     if size == 2:
         found["kept_2"] = kept(models, LAYOUTS[2]["staged"])
         found["sent_2"] = sent(models, LAYOUTS[2]["staged"])
-        found["says_2"] = say(models, LAYOUTS[2]["staged"])
+        found["says_2"] = say(Training(models, LAYOUTS[2]["staged"]), LENGTHS)
         found["resumed: one to staged"] = resume(
             models, LAYOUTS[2]["staged"], folder / "alone_1" / "kept", folder / "resumed", LENGTHS
         )
@@ -101,7 +83,7 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
             models, ParallelConfig(), folder / "staged_2" / "kept", folder / "resumed", LENGTHS
         )
     else:
-        found["says_4"] = say(models, LAYOUTS[4]["tensor"])
+        found["says_4"] = say(Training(models, LAYOUTS[4]["tensor"]), LENGTHS)
         found["resumed: two stages to four"] = resume(
             models, LAYOUTS[4]["staged"], folder / "staged_2" / "kept", folder / "resumed", LENGTHS
         )
@@ -113,7 +95,10 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     """What the processes found; and the folder with what they wrote."""
     folder = tmp_path_factory.mktemp("runs")
     one = ParallelConfig()
-    numbers: dict[str, Any] = {"alone_1": train(models, one, folder / "alone_1", LENGTHS), "says_1": say(models, one)}
+    numbers: dict[str, Any] = {
+        "alone_1": train(models, one, folder / "alone_1", LENGTHS),
+        "says_1": say(Training(models, one), LENGTHS),
+    }
     for size in LAYOUTS:
         answers = ranks.run(size, work, folder, size, models, folder)
         for answer in answers:  # what is logged is the same on every process
@@ -131,13 +116,7 @@ RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layout
 @pytest.mark.parametrize("run", RUNS)
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
-    torch.testing.assert_close(numbers[run], numbers["alone_1"], rtol=1e-9, atol=0)
-    trained, expected = (
-        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
-        for name in (run, "alone_1")
-    )
-    for name, weight in expected.items():
-        torch.testing.assert_close(trained[name], weight, rtol=1e-9, atol=1e-12)
+    check_same(numbers, folder, run, "alone_1")
 
 
 def test_a_run_goes_on_in_any_layout(found: tuple[dict[str, Any], Path]) -> None:

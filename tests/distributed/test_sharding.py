@@ -16,7 +16,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import LENGTHS, Traffic, Training, resume, train, write
+from steps import LENGTHS, Traffic, Training, check_same, resume, train, write
 
 from kdtune import checkpoint, distributed, metrics
 from kdtune.checkpoint import weights
@@ -192,13 +192,7 @@ RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layout
 @pytest.mark.parametrize("run", RUNS)
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
-    torch.testing.assert_close(numbers[run], numbers["alone_1"], rtol=1e-9, atol=0)
-    weights, expected = (
-        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
-        for name in (run, "alone_1")
-    )
-    for name, weight in expected.items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-9, atol=1e-12)
+    check_same(numbers, folder, run, "alone_1")
 
 
 @pytest.mark.parametrize("size", [1, *LAYOUTS])

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from steps import Training, resume, rows, train
+from steps import Training, check_same, resume, save_pair, say, train
 
-from kdtune import checkpoint
 from kdtune.checkpoint import weights
 from kdtune.distributed import ParallelConfig
-from kdtune.generation import generate
-from kdtune.models import enable_activation_checkpointing
 
 LENGTHS = (5, 1, 24)  # of the rows of a step, of which a process may have none
 TENSOR = ParallelConfig(tensor=2)
@@ -25,16 +22,14 @@ PAIRS = {
     "untied": (("llama-biases", {"vocab_size": 104}), ("qwen2-sliding", {})),
     "taught_by_tied": (("qwen3-layer_types", {"vocab_size": 99}), ("llama-tied", {"vocab_size": 98})),
 }
-PROMPTS = [[5, 3, 8], [7], [11, 2, 9, 4, 30]]
 
 
 @pytest.fixture(scope="module")
 def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs with biases, norms of heads, windows, and vocabularies of which either may be larger."""
     folder = tmp_path_factory.mktemp("models")
-    for pair, of_roles in PAIRS.items():
-        for role, (name, changes) in zip(("student", "teacher"), of_roles, strict=True):
-            oracle(name, **changes).double().save_pretrained(folder / pair / role)
+    for pair, (student, teacher) in PAIRS.items():
+        save_pair(oracle, folder / pair, student=student, teacher=teacher)
     return folder
 
 
@@ -52,20 +47,12 @@ def counting() -> Iterator[list[int]]:
     weights._read_exactly = read
 
 
-def say(models: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """Gradient norms with activation checkpointing, what both models say then, and the share of bytes they read."""
+def load_and_say(models: Path, parallel: ParallelConfig) -> dict[str, Any]:
+    """What the models say, and the share of bytes that were read."""
     with counting() as sizes:
         training = Training(models / "untied", parallel)
     stored = sum(path.stat().st_size for path in (models / "untied").glob("*/*.safetensors"))
-    found: dict[str, Any] = {"share": sum(sizes) / stored}
-    for mode in ("full", "selective"):
-        enable_activation_checkpointing(training.student, mode)
-        found[mode] = training.step(1, LENGTHS)
-    for role, model in (("student", training.student), ("teacher", training.teacher.model)):
-        with torch.no_grad():
-            found[f"{role} logits"] = model(rows(1)[0].tokens)
-        found[role] = generate(model.eval(), PROMPTS, max_new_tokens=5)
-    return found
+    return {"share": sum(sizes) / stored, **say(training, LENGTHS)}
 
 
 def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
@@ -78,7 +65,7 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
         kept_alone = folder / "tied_alone_1" / "kept"
         found["resumed: one to tensor"] = resume(tied, TENSOR, kept_alone, folder / "resumed", LENGTHS)
         found["resumed: tensor to sharded"] = resume(tied, ParallelConfig(), kept, folder / "resumed", LENGTHS)
-        found["says_2"] = say(models, TENSOR)
+        found["says_2"] = load_and_say(models, TENSOR)
     else:
         found["tied_tensor_4"] = train(tied, TENSOR, folder / "tied_tensor_4", LENGTHS)
         hybrid = ParallelConfig(tensor=2, data_replicate=2)
@@ -94,7 +81,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     numbers: dict[str, Any] = {
         f"{pair}_alone_1": train(models / pair, one, folder / f"{pair}_alone_1", LENGTHS) for pair in PAIRS
     }
-    numbers["says_1"] = say(models, one)
+    numbers["says_1"] = load_and_say(models, one)
     for size in (2, 4):
         answers = ranks.run(size, work, folder, size, models, folder)
         if size == 2:
@@ -111,13 +98,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
     alone = run[: run.index("_tensor")] + "_alone_1"
-    torch.testing.assert_close(numbers[run], numbers[alone], rtol=1e-9, atol=0)
-    trained, expected = (
-        checkpoint.load_model(folder / name / "model", dtype=torch.float64, device="cpu").state_dict()
-        for name in (run, alone)
-    )
-    for name, weight in expected.items():
-        torch.testing.assert_close(trained[name], weight, rtol=1e-9, atol=1e-12)
+    check_same(numbers, folder, run, alone)
 
 
 def test_a_run_goes_on_in_any_layout(found: tuple[dict[str, Any], Path]) -> None:
