@@ -46,7 +46,6 @@ def spread_without_data(device: torch.device) -> Iterator[None]:
             (ShardingPropagator, "_propagate_tensor_meta_non_cached"),
         ):
             stack.enter_context(replaced(owner, name, _apart(getattr(owner, name))))
-        stack.enter_context(replaced(dist, "batch_isend_irecv", _one_by_one))
         stack.enter_context(replaced(torch, "meta", _STREAMS))  # where torch looks for those of a device of this name
         stack.enter_context(replaced(_fully_shard, "_get_device_from_mesh", lambda mesh: device))
         group = _fsdp_param_group.FSDPParamGroup
@@ -62,12 +61,6 @@ class _Stream(torch.cpu.Stream):
 _STREAMS = types.SimpleNamespace(
     Stream=_Stream, Event=torch.cpu.Event, stream=torch.cpu.stream, current_stream=torch.cpu.current_stream
 )
-
-
-def _one_by_one(ops: list[dist.P2POp]) -> list[dist.Work | None]:
-    """dist.batch_isend_irecv; its own asks who carries tensors on `meta`, and nobody does."""
-    peer = {dist.isend: "group_dst", dist.irecv: "group_src"}
-    return [op.op(op.tensor, group=op.group, **{peer[op.op]: op.group_peer}) for op in ops]
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
