@@ -6,7 +6,7 @@ and resumable; `Stream` and `StreamLoader` do so with rows too many to look at f
 nowhere else: the label at position i is the token at i + 1, or IGNORE.
 """
 
-from kdtune.data.batch import IGNORE, Batch, Share, collate, collate_packed, count_labels
+from kdtune.data.batch import IGNORE, Batch, Keys, Share, collate, collate_packed, count_labels
 from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
@@ -20,6 +20,7 @@ __all__ = [
     "Batch",
     "DatasetConfig",
     "Examples",
+    "Keys",
     "Loader",
     "RunData",
     "Share",

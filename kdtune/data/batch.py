@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune import devices
+from kdtune.data.ids import example_ids
 from kdtune.documents import Documents
 
 IGNORE = -100  # the label of positions that are not scored
+
+
+class Keys(NamedTuple):
+    """Where the scored positions of a batch come from, whatever the order, packing and slices of its rows.
+
+    Attributes:
+        examples: [t] uint64, the id of the example that each is in, as in `Examples.ids`.
+        places: [t] int64, which of that example's labels it is, from 0.
+    """
+
+    examples: np.ndarray
+    places: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Batch:
         positions: [b, s] int64, from 0 in each document.
         documents: where those of packed rows begin and end, in whole rows. None: each row is one document.
         scored: [t] int64, which of the b * s positions have a label. None on the host, where it is found out.
+        sliced_keys: of a slice of rows, what `keys` cannot find out from a part of them. None: these are whole rows.
     """
 
     tokens: Tensor
@@ -32,6 +48,7 @@ class Batch:
     positions: Tensor
     documents: Documents | None = None
     scored: Tensor | None = None
+    sliced_keys: Keys | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; no one waits for the copies, nor later to learn which positions are scored."""
@@ -45,6 +62,29 @@ class Batch:
     def num_labels(self) -> int:
         """Scored positions. Ask before `to`: on a GPU the answer waits for the device."""
         return int((self.labels != IGNORE).sum())
+
+    def keys(self) -> Keys:
+        """Of the scored positions, in their order. Ask before `to`."""
+        if self.sliced_keys is not None:
+            return self.sliced_keys
+        b, s = self.tokens.shape
+        lengths = [[s]] * b if self.documents is None else self.documents.rows
+        tokens, is_label, places = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, np.int64)]
+        for row_tokens, row_labels, row in zip(self.tokens.numpy(), self.labels.numpy(), lengths, strict=True):
+            start = 0
+            for length in row:
+                labels = row_labels[start : start + length]
+                labelled = np.flatnonzero(labels != IGNORE)
+                if len(labelled):  # an example ends with its last label
+                    stop = labelled[-1] + 1
+                    tokens.append(np.append(row_tokens[start : start + stop], labels[stop - 1]).astype(np.int32))
+                    is_label.append(np.append(False, labels[:stop] != IGNORE))
+                    places.append(np.arange(len(labelled)))
+                start += length
+        sizes = np.array([len(example) for example in tokens[1:]], np.int64)
+        ids = example_ids(np.concatenate(tokens), np.concatenate(is_label), sizes)
+        counts = [len(example) for example in places[1:]]
+        return Keys(np.repeat(ids, counts), np.concatenate(places))
 
 
 @dataclass(frozen=True)
@@ -74,6 +114,7 @@ class Share:
             rows = replace(rows, labels=torch.full_like(rows.labels, IGNORE))
         if self.num_slices == 1:
             return rows
+        keys, is_scored = rows.keys(), rows.labels != IGNORE
         length = -(-rows.tokens.size(1) // self.num_slices)
         excess = length * self.num_slices - rows.tokens.size(1)
         tokens, labels = F.pad(rows.tokens, (0, excess)), F.pad(rows.labels, (0, excess), value=IGNORE)
@@ -84,7 +125,10 @@ class Share:
             documents = Documents.in_rows(documents.rows, tokens.size(1))
             positions = documents.positions()
         here = slice(self.slice * length, (self.slice + 1) * length)
-        return Batch(tokens[:, here], labels[:, here], positions[:, here], documents)
+        is_here = torch.zeros_like(is_scored)
+        is_here[:, here] = True
+        keys = Keys(*(part[is_here[is_scored].numpy()] for part in keys))
+        return Batch(tokens[:, here], labels[:, here], positions[:, here], documents, sliced_keys=keys)
 
 
 ALL = Share()  # of a process that is alone

@@ -28,7 +28,8 @@ import numpy as np
 
 from kdtune import __version__
 from kdtune.data.config import SourceConfig
-from kdtune.data.examples import Counts, Examples, Part, example_ids
+from kdtune.data.examples import Counts, Examples, Part
+from kdtune.data.ids import example_ids
 from kdtune.data.rows import Rows
 from kdtune.tokenizers import Tokenizer
 

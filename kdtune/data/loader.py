@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -128,6 +129,10 @@ class Loader:
         mine = rows[self._share.rank :: self._share.num_ranks]
         return [self._share.of(_collate(self.examples, some, self._packed)) for some in mine]
 
+    def upcoming(self) -> list[Batch]:
+        """What `next_step` is going to return."""
+        return copy.copy(self).next_step()
+
     def summary(self) -> str:
         """How much of what the model computes is padding, in the present epoch."""
         lengths = self._rows.lengths(self._lengths)[: self._epoch_size]
@@ -236,7 +241,7 @@ def batches(examples: Examples | Blend, batch_size: int, share: Share = ALL) -> 
 
 @final
 class ValBatches:
-    """All examples once, for validation, whose sums do not depend on the order. Batches are made as they are asked for.
+    """All examples once, for what does not depend on their order. Batches are made as they are asked for.
 
     Rows are packed; or the longest come first, which saves padding; or they stay in the order in which they were read.
 
@@ -246,12 +251,13 @@ class ValBatches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | Blend,
         batch_size: int,
         *,
         packed: bool = False,
         group_by_length: bool | None = None,
         share: Share = ALL,
+        only: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -260,6 +266,7 @@ class ValBatches:
             packed: rows of several examples, as many as fit into examples.max_seq_len; False: of one each.
             group_by_length: the longest first; None: if not packed.
             share: what this process gets of them; each gets as many.
+            only: [n] int64, indices of the examples that are wanted; None: all.
 
         Raises:
             ValueError: group_by_length of packed rows.
@@ -269,12 +276,15 @@ class ValBatches:
         self._batch_size = batch_size
         self._packed = packed
         self._share = share
+        wanted = np.arange(len(examples)) if only is None else only
+        lengths = examples.lengths[wanted]
         if packed:
-            self._rows = pack(examples.lengths, examples.max_seq_len)
+            rows = pack(lengths, examples.max_seq_len)
+            self._rows = RowPlan(wanted[rows.indices], rows.starts)
         elif group_by_length is False:
-            self._rows = RowPlan.of_one(np.arange(len(examples)))
+            self._rows = RowPlan.of_one(wanted)
         else:
-            self._rows = RowPlan.of_one(np.argsort(-examples.lengths, kind="stable"))
+            self._rows = RowPlan.of_one(wanted[np.argsort(-lengths, kind="stable")])
 
     @property
     def num_labels(self) -> int:

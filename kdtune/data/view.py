@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdtune.data.batch import IGNORE, Batch, count_labels
 from kdtune.data.blend import Blend
-from kdtune.data.examples import UNKNOWN, Examples, example_ids
+from kdtune.data.examples import UNKNOWN, Examples
+from kdtune.data.ids import example_ids
 from kdtune.data.rows import Row as SourceRow
 from kdtune.tokenizers import Tokenizer
 

@@ -428,3 +428,41 @@ def test_resuming_with_other_rows_is_refused(how: dict[str, Any], message: str) 
     state = Loader(make_examples(), batch_size=2).state_dict()
     with pytest.raises(ValueError, match=f"cannot continue in dataset: {message}"):
         Loader(make_examples(), batch_size=2, **how).load_state_dict(state)
+
+
+def test_what_comes_next_can_be_seen_before() -> None:
+    loader = Loader(make_examples(), batch_size=2, gradient_accumulation_steps=2, seed=3)
+    for _ in range(7):
+        upcoming, state = loader.upcoming(), loader.state_dict()
+        assert loader.state_dict() == state
+        assert snapshot(loader.next_step()) == snapshot(upcoming)
+
+
+def test_batches_of_chosen_examples() -> None:
+    examples, only = make_examples(), np.array([9, 0, 4, 5])
+    for packed in (False, True):
+        found = data.ValBatches(examples, 3, packed=packed, only=only)
+        tokens = torch.cat([batch.tokens[batch.labels != IGNORE] for batch in found])
+        assert sorted(tokens.tolist()) == [0, 4, 5, 9]
+
+
+@pytest.mark.parametrize("num_slices", [1, 2, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_tell_which_label_of_which_example_a_position_is(packed: bool, num_slices: int) -> None:
+    rows = [[([7, 8, 9, i, i + 1, 5], [False, False, i % 2 == 0, True, True, True])] for i in range(10, 17)]
+    examples = Examples.of("dataset", 16, rows)
+    expected = {
+        (int(examples.ids[i]), place): int(label)
+        for i in range(len(examples))
+        for place, label in enumerate(x for x in examples[i][1] if x != IGNORE)
+    }
+    found = {}
+    for slice in range(num_slices):
+        share = data.Share(slice=slice, num_slices=num_slices)
+        for batch in data.ValBatches(examples, 3, packed=packed, share=share):
+            keys, labels = batch.keys(), batch.labels[batch.labels != IGNORE]
+            pairs = zip(keys.examples.tolist(), keys.places.tolist(), strict=True)
+            found.update(zip(pairs, labels.tolist(), strict=True))
+    assert found == expected
+    unscored = data.ValBatches(examples, 3, packed=packed, share=data.Share(is_scored=False))
+    assert not any(len(batch.keys().examples) for batch in unscored)

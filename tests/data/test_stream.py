@@ -20,7 +20,7 @@ from pyarrow import parquet
 from kdtune import data, tokenizers
 from kdtune.data import Batch, DatasetConfig, Examples, Share, StreamLoader
 from kdtune.data.batch import ALL
-from kdtune.data.examples import example_ids
+from kdtune.data.ids import example_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its rows")  # sets of a few odd ones
 
