@@ -16,16 +16,19 @@ from kdtune.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
-from kdtune.losses.targets import Targets, TopKTargets
+from kdtune.losses.targets import Convention, SampledTargets, SparseTargets, Targets, TopKTargets
 from kdtune.losses.vocabulary import Vocabulary
 
 __all__ = [
     "IGNORE",
     "CELossConfig",
+    "Convention",
     "Divergence",
     "DivergenceName",
     "KDLossConfig",
     "Loss",
+    "SampledTargets",
+    "SparseTargets",
     "Targets",
     "TopKTargets",
     "Vocabulary",

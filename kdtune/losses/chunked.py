@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdtune.losses import rows
 from kdtune.losses.divergences import Divergence, forward_kl
 from kdtune.losses.projection import Gradients, Projection
-from kdtune.losses.targets import Targets, TopKTargets
+from kdtune.losses.targets import SparseTargets, Targets, check_convention
 from kdtune.losses.vocabulary import Vocabulary, is_sum_over_entries
 
 IGNORE = -100  # label of a position that is not scored: prompt, padding, the end of a document
@@ -57,13 +57,14 @@ def distillation_loss(
     head: nn.Module,
     labels: Tensor,
     num_tokens: int | Tensor,
-    targets: Targets | TopKTargets | None = None,
+    targets: Targets | SparseTargets | None = None,
     *,
     scored: Tensor | None = None,
     ce_weight: float = 1.0,
     kd_weight: float = 0.0,
     divergence: Divergence = forward_kl,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     scale_by_temperature_squared: bool = True,
     teacher_share: float = 1.0,
     label_margin: float = 0.0,
@@ -94,12 +95,15 @@ def distillation_loss(
         head: the student's output projection, weight [v, d]: an `nn.Linear`, or what `Projection` says beside it.
         labels: [b, s], the token that each position is scored against, or `IGNORE`.
         num_tokens: labelled tokens of the whole optimizer step; every sum is divided by it once.
-        targets: the teacher's distributions; None leaves the divergence out.
+        targets: the teacher's distributions, of every position or of the labelled ones alone; None leaves the
+            divergence out.
         scored: [t] int64, which of the b * s positions have a label; None: looked for, for which a GPU has to wait.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the divergence.
         divergence: D; one of `divergences`, or a function of one's own through `by_autograd`.
         temperature: > 0, softens both distributions of the divergence; never the cross-entropy.
+        teacher_temperature: of the teacher's; None: the same. The factor T^2 is of `temperature`, which is the
+            student's: it is its gradient that shrinks.
         scale_by_temperature_squared: False leaves out the factor T^2, as TRL and Megatron-LM do.
         teacher_share: below 1, the target is softmax(share * teacher + (1 - share) * student / T), the student detached
             (Shing et al. 2025, "TAID", arXiv:2501.16937, equation 3); raise it to 1 in the course of training.
@@ -127,6 +131,8 @@ def distillation_loss(
     """
     if vocabulary is None:
         vocabulary = getattr(targets.head if isinstance(targets, Targets) else head, "vocabulary", None)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
     student = Projection(hidden, head)
     teacher = Projection(targets.hidden, targets.head) if isinstance(targets, Targets) else targets
     vocab_size, teacher_vocab_size = student.vocab_size, None if teacher is None else teacher.vocab_size
@@ -137,6 +143,7 @@ def distillation_loss(
     settings = rows.Settings(
         divergence=divergence,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
         kd_scale=temperature**2 if scale_by_temperature_squared else 1.0,
         mixes_student=teacher_share != 1,
         label_margin=label_margin,
@@ -144,7 +151,7 @@ def distillation_loss(
         z_loss=z_loss,
         student_activation=student.activation,
         teacher_activation=teacher.activation if isinstance(teacher, Projection) else rows.Activation(),
-        convention=teacher.convention if isinstance(teacher, TopKTargets) else None,
+        convention=teacher.convention if isinstance(teacher, SparseTargets) else None,
         vocab_size=vocab_size,
         shared_size=min(vocab_size, teacher_vocab_size or vocab_size),
         vocabulary=vocabulary,
@@ -153,7 +160,18 @@ def distillation_loss(
     _check(hidden, labels, num_tokens, targets, teacher_share, kd_weight, balance, chunk_size, settings)
     if vocabulary is not None:
         _check_split(vocabulary, student, teacher, divergence)
-    sweep = _Sweep(student, teacher, labels, scored, num_tokens, teacher_share, settings, chunk_size, compile)
+    if scored is None:
+        scored = scored_positions(labels)
+    of_teacher = scored  # which of the teacher's positions are scored
+    if targets is not None and targets.positions != labels.shape:
+        if len(scored) != targets.positions[0]:
+            raise ValueError(
+                f"the teacher's targets are of {targets.positions[0]} positions, and {len(scored)} have a label: there "
+                "has to be one entry for each, in order. Take those of this batch."
+            )
+        of_teacher = torch.arange(len(scored), device=scored.device)
+    positions = scored, of_teacher
+    sweep = _Sweep(student, teacher, labels, positions, num_tokens, teacher_share, settings, chunk_size, compile)
     # Not torch.tensor, whose copy from the host waits for the device.
     weights = torch.stack([hidden.new_full((), weight, dtype=sweep.dtype) for weight in (ce_weight, kd_weight)])
     kd_factor = torch.ones_like(weights[1])
@@ -183,7 +201,7 @@ def _check(
     hidden: Tensor,
     labels: Tensor,
     num_tokens: int | Tensor,
-    targets: Targets | TopKTargets | None,
+    targets: Targets | SparseTargets | None,
     teacher_share: float,
     kd_weight: float,
     balance: bool,
@@ -196,38 +214,38 @@ def _check(
         raise ValueError(f"chunk_size={chunk_size}: at least one token has to be looked at.")
     if not 0 < teacher_share <= 1:
         raise ValueError(f"teacher_share={teacher_share}: the target needs some of the teacher, above 0 and up to 1.")
-    of_teacher = None if targets is None else targets.hidden if isinstance(targets, Targets) else targets.ids
-    if hidden.shape[:-1] != labels.shape or (of_teacher is not None and of_teacher.shape[:-1] != labels.shape):
+    of_teacher = None if targets is None else targets.positions
+    if hidden.shape[:-1] != labels.shape or (of_teacher not in (None, labels.shape) and len(of_teacher) != 1):
         raise ValueError(
-            f"positions do not match: labels {list(labels.shape)}, hidden states {list(hidden.shape)}, teacher "
-            f"{None if of_teacher is None else list(of_teacher.shape)}. Each position needs one of each."
+            f"positions do not match: labels {list(labels.shape)}, hidden states {list(hidden.shape[:-1])}, teacher "
+            f"{None if of_teacher is None else list(of_teacher)}. Each position needs one of each, or the teacher has "
+            "those with a label alone, [t]."
         )
     if targets is None:
         for name, value, default in (
             ("kd_weight", kd_weight, 0),
             ("balance", balance, False),
             ("temperature", settings.temperature, 1),
+            ("teacher_temperature", settings.teacher_temperature, 1),
             ("teacher_share", teacher_share, 1),
             ("label_margin", settings.label_margin, 0),
         ):
             if value != default:
                 raise ValueError(f"{name}={value} is about a teacher, and there is none.")
-    if settings.with_metrics and not isinstance(targets, Targets):
-        raise ValueError("Metrics compare with the teacher's whole distribution, which these targets do not have.")
-    if isinstance(targets, TopKTargets):
-        if teacher_share != 1 or settings.label_margin != 0:
-            raise ValueError("teacher_share and label_margin need the teacher's whole distribution, not its top k.")
-        if targets.convention in ("partial", "student_full") and settings.divergence is not forward_kl:
-            raise ValueError(f"Top-k targets, {targets.convention}: defined for forward_kl only. Take bucket.")
-        if targets.convention != "renormalised" and settings.temperature != 1:
-            raise ValueError(
-                f"temperature={settings.temperature}: the top k at temperature 1 do not tell what the others have at "
-                "another. Take temperature 1, or the convention renormalised."
-            )
+        if settings.with_metrics:
+            raise ValueError("Metrics compare with a teacher, and there is none.")
+    check_convention(
+        settings.convention,
+        settings.divergence,
+        temperature=settings.temperature,
+        teacher_temperature=settings.teacher_temperature,
+        teacher_share=teacher_share,
+        label_margin=settings.label_margin,
+    )
 
 
 def _check_split(
-    vocabulary: Vocabulary, student: Projection, teacher: Projection | TopKTargets | None, divergence: Divergence
+    vocabulary: Vocabulary, student: Projection, teacher: Projection | SparseTargets | None, divergence: Divergence
 ) -> None:
     heads = [("student", student, vocabulary.size)]
     if isinstance(teacher, Projection):
@@ -256,9 +274,9 @@ class _Sweep:
     def __init__(
         self,
         student: Projection,
-        teacher: Projection | TopKTargets | None,
+        teacher: Projection | SparseTargets | None,
         labels: Tensor,
-        scored: Tensor | None,
+        positions: tuple[Tensor, Tensor],
         num_tokens: int | Tensor,
         teacher_share: float,
         settings: rows.Settings,
@@ -267,13 +285,13 @@ class _Sweep:
     ):
         self.student = student
         self.labels = labels.flatten()[:, None]  # [b * s, 1]
-        self.scored = scored
+        self.scored, self.of_teacher = positions  # [t] both
         self.num_tokens = num_tokens
         self.settings = settings
         self.dtype = torch.float64 if student.inputs[0].dtype == torch.float64 else torch.float32
         self.teacher_share = torch.full((), teacher_share, dtype=self.dtype, device=labels.device)
         self.teacher = teacher if isinstance(teacher, Projection) else None
-        self.top_k = teacher.flat(self.dtype) if isinstance(teacher, TopKTargets) else ()
+        self.sparse = teacher.flat(self.dtype, settings.with_metrics) if isinstance(teacher, SparseTargets) else ()
         self.teacher_vocab_size = 0 if self.teacher is None else self.teacher.vocab_size
         self.vocabulary = settings.vocabulary
         sizes = student.vocab_size, self.teacher_vocab_size
@@ -296,15 +314,15 @@ class _Sweep:
     def _sum(self, weights: Tensor, gradients: Gradients | None) -> Tensor:
         settings = dataclasses.replace(self.settings, with_grad=gradients is not None)
         sums = weights.new_zeros(len(rows.SUMS))
-        scored = scored_positions(self.labels) if self.scored is None else self.scored  # [t]
-        size = min(self.chunk_size, len(scored))
+        size = min(self.chunk_size, len(self.scored))
         student_buffer = weights.new_empty(size, self.student.vocab_size)
         teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)  # free again once a chunk is scored
-        for positions in chunks(scored, self.chunk_size):
+        parts = self.of_teacher.split(self.chunk_size)
+        for positions, of_teacher in zip(chunks(self.scored, self.chunk_size), parts, strict=False):
             logits = self.student.logits(positions, student_buffer)  # [n, v]
-            teacher_chunk = tuple(x[positions] for x in self.top_k)
+            teacher_chunk = tuple(x[of_teacher] for x in self.sparse)
             if self.teacher is not None:
-                teacher_chunk = (self.teacher.logits(positions, teacher_buffer),)  # [n, v_t]
+                teacher_chunk = (self.teacher.logits(of_teacher, teacher_buffer),)  # [n, v_t]
             chunk = (logits, self.labels[positions], *teacher_chunk)
             blocks = list(zip(*(x.split(self.block_rows) for x in chunk), strict=True))
             pulls = []

@@ -8,6 +8,7 @@ the sums; of the gradient one product is left, with a sum over the vocabulary th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class Settings:
     """What is the same for all rows; `distillation_loss` says what each of them means."""
 
     divergence: Divergence
-    temperature: float
+    temperature: float  # of the student in the divergence
+    teacher_temperature: float
     kd_scale: float
     mixes_student: bool  # into the target
     label_margin: float
@@ -58,7 +60,7 @@ class Settings:
     z_loss: float
     student_activation: Activation
     teacher_activation: Activation
-    convention: Convention | None  # of a teacher's top k; None: logits, or no teacher
+    convention: Convention | Literal["sampled"] | None  # of a teacher's tokens; None: logits, or no teacher
     vocab_size: int  # of the student, over all ranks
     shared_size: int  # of both, over all ranks
     vocabulary: Vocabulary | None  # how ranks split it; None: all of it is here
@@ -68,7 +70,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of its range."""
         for name, is_right, why in (
-            ("temperature", self.temperature > 0, "both distributions are divided by it, so it must be positive"),
+            ("temperature", self.temperature > 0, "logits are divided by it, so it must be positive"),
+            ("teacher_temperature", self.teacher_temperature > 0, "logits are divided by it, so it must be positive"),
             ("label_margin", 0 <= self.label_margin < 1, "the label wins by it, from 0 (off) to below 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share of the labels, from 0 (off) to below 1"),
             ("z_loss", self.z_loss >= 0, "a weight, from 0 (off)"),
@@ -78,7 +81,12 @@ class Settings:
 
     @property
     def has_own_softmax(self) -> bool:
-        """Whether the divergence softens the student's logits or leaves some out; else q is as in the cross-entropy."""
+        """Whether the divergence softens the student's logits or leaves some out; else q is as in the cross-entropy.
+
+        A softened top k is among its tokens alone.
+        """
+        if self.convention == "renormalised":
+            return False
         return self.shared_size < self.vocab_size or (self.temperature != 1 and self.convention is None)
 
 
@@ -91,6 +99,8 @@ class _Term:
         pull: [r, 1], to be subtracted from the weight of q = softmax(z).
         dense: [r, <= v], to be added to the gradient of the first entries, if any.
         sparse: (ids, [r, k]), to be added to the gradient of these entries, if any.
+        scaled: ([r, s], [r, 1]), whose product is the gradient of the first s entries, the cross-entropy's in it but
+            for the label; None: the weight of q makes it.
         unsettled_pull: [r, 1], this rank's share of a pull, if other ranks have the others.
         unsettled_q: [r, <= v], what the pull is of then; None: of q.
     """
@@ -99,6 +109,7 @@ class _Term:
     pull: Tensor | float = 0.0
     dense: Tensor | None = None
     sparse: tuple[Tensor, Tensor] | None = None
+    scaled: tuple[Tensor, Tensor] | None = None
     unsettled_pull: Tensor | None = None
     unsettled_q: Tensor | None = None
 
@@ -128,16 +139,21 @@ def measure(
         if settings.mixes_student:
             teacher_logits = _mixed(logits, teacher_logits, teacher_share)
         if settings.temperature != 1:
-            logits, teacher_logits = logits / settings.temperature, teacher_logits / settings.temperature
+            logits = logits / settings.temperature
+        if settings.teacher_temperature != 1:
+            teacher_logits = teacher_logits / settings.teacher_temperature
         found["p"] = extent(teacher_logits)
         if settings.label_margin:
             found["label"] = part.gather(teacher_logits, labels.clamp(max=settings.shared_size - 1), absent=-torch.inf)
     else:
         logits = logits[:, : part.held(settings.shared_size)]
-        found["top_k"] = part.gather(logits, teacher[0], absent=-torch.inf)
+        ids, is_token = _tokens(teacher[0], settings)
+        found["tokens"] = part.gather(logits, ids, absent=-torch.inf)
+        if settings.with_metrics:
+            found["shared_student"] = extent(logits)
         if settings.convention == "bucket":
-            found["others"] = extent(part.without(logits, teacher[0]))
-    if settings.has_own_softmax:
+            found["others"] = extent(part.leave_out_(logits.clone(), ids, is_token))
+    if settings.has_own_softmax and settings.convention != "bucket":
         found["q"] = extent(logits)
     return found
 
@@ -155,7 +171,7 @@ def score(
 
     Args:
         logits: [r, v], the student's, before the activation; overwritten.
-        teacher: (logits [r, v_t],), overwritten; or (ids, log_probs [r, k], log_rest [r, 1]); or ().
+        teacher: (logits [r, v_t],), overwritten; or what `flat` of the sparse targets makes; or ().
         labels: [r, 1].
         weights: [2], of the cross-entropy and of the divergence.
         teacher_share: [], of the teacher in the target, if `settings.mixes_student`.
@@ -193,12 +209,20 @@ def score(
             teacher_logits = _mixed(logits, teacher_logits, teacher_share)
         kd = _dense_divergence(logits, log_q, teacher_logits, labels, kd_weight, settings, entries)
     else:
-        kd = _sparse_divergence(logits, log_q, teacher, kd_weight, settings, entries)
+        if settings.with_metrics:
+            metrics = _sparse_metrics(logits, log_q, teacher, settings, entries)
+        kd = _sparse_divergence(log_q, teacher, q_weight, kd_weight, settings, entries)
 
     if settings.with_grad:
         # d CE / d logits = q - onehot(label)
-        q = log_q.exp_()
-        grad = torch.mul(q, q_weight - kd.pull, out=logits)
+        if kd.scaled is None:
+            q = log_q.exp_()
+            grad = torch.mul(q, q_weight - kd.pull, out=logits)
+        else:
+            q, scale = kd.scaled
+            grad, shared = logits, q.shape[-1]
+            torch.mul(q, scale, out=grad[:, :shared])
+            torch.mul(log_q[:, shared:].exp_(), q_weight, out=grad[:, shared:])
         if kd.dense is not None:
             grad[:, : kd.dense.shape[-1]] += kd.dense
         if kd.sparse is not None:
@@ -236,7 +260,7 @@ def _dense_divergence(
     if settings.has_own_softmax:
         log_q = entries.log_softmax(student_logits / settings.temperature, "q")
     log_q = log_q.clamp_(min=_LOG_ZERO)
-    log_p = teacher_logits if settings.temperature == 1 else teacher_logits / settings.temperature
+    log_p = teacher_logits if settings.teacher_temperature == 1 else teacher_logits / settings.teacher_temperature
     log_p = entries.log_softmax(log_p, "p").clamp_(min=_LOG_ZERO)  # [r, shared]
     if settings.label_margin:
         _correct(log_p, labels, settings, entries)
@@ -253,58 +277,86 @@ def _dense_divergence(
 
 
 def _sparse_divergence(
-    logits: Tensor,
     log_q: Tensor,
-    top_k: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
+    q_weight: Tensor,
     kd_weight: Tensor,
     settings: Settings,
     entries: Whole | Part,
 ) -> _Term:
-    """Of the teacher's top k. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further."""
-    ids, log_p, log_rest = top_k
-    same = not settings.has_own_softmax
-    log_q = log_q if same else entries.log_softmax(logits[:, : entries.held(settings.shared_size)], "q")
-    name = "student" if same else "q"
-    top_log_q = entries.look_up(log_q, ids, "top_k", name)  # [r, k]
-    if settings.convention == "renormalised":
-        log_p = (log_p / settings.temperature).log_softmax(-1)
-        top_log_q = (top_log_q / settings.temperature).log_softmax(-1)
-    top_log_q = top_log_q.clamp_(min=_LOG_ZERO)
-    if settings.convention == "student_full":
-        log_p = log_p.log_softmax(-1)
-    if settings.convention == "bucket":
-        # Not 1 - sum q: of a small rest nothing would be left but rounding. And of an empty one 1 - sum p is no more.
-        others_log_q = entries.without(log_q, ids)  # [r, v]
-        log_q_rest = entries.logsumexp(others_log_q, "others", name).clamp_(min=_LOG_ZERO)  # [r, 1]
-        if ids.shape[-1] == settings.shared_size:
-            log_rest = torch.full_like(log_rest, _LOG_ZERO)
-        log_p = torch.cat([log_p, log_rest], -1)
-        top_log_q = torch.cat([top_log_q, log_q_rest], -1)
-    log_p = log_p.clamp(min=_LOG_ZERO)
+    """Of the teacher's tokens. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further.
 
-    if settings.convention in ("partial", "student_full"):
-        # q does not add up to 1 here: its multiples would not cancel, so the slope has to be the forward KL's own.
-        p = log_p.exp()
-        values, slopes = (p * (log_p - top_log_q)).sum(-1), -p
-    else:
-        values, slopes = settings.divergence(log_p, top_log_q)
+    The first entries of `log_q`, those that both vocabularies have, are overwritten.
+    """
+    ids, is_token = _tokens(teacher[0], settings)
+    log_q = log_q[:, : entries.held(settings.shared_size)]
+    # As of a token that neither side ever says, which adds 0 to whatever is computed.
+    top_log_q = entries.look_up(log_q, ids, "tokens", "student").masked_fill(~is_token, _LOG_ZERO)  # [r, k]
+    log_shared = None  # of the student's probability of entries that both have, [r, 1]; None: it has no others
+    if settings.convention == "renormalised":
+        top_log_q = (top_log_q / settings.temperature).log_softmax(-1)
+    elif settings.convention == "bucket":
+        # Not 1 - sum q: of a small rest nothing would be left but rounding. The entries are left out in place, and not
+        # looked at again: the gradient of those that remain is their share in the rest times one number a row.
+        entries.leave_out_(log_q, ids, is_token)
+        share, largest, total = entries.exponentials_(log_q, "others", "student")  # [r, s], [r, 1], [r, 1]
+        top_log_q = torch.cat([top_log_q, (total.log() + largest).clamp_(min=_LOG_ZERO)], -1)
+        if settings.has_own_softmax:
+            log_shared = top_log_q.logsumexp(-1, keepdim=True)
+            largest = largest - log_shared
+    elif settings.has_own_softmax:
+        log_shared = entries.logsumexp(log_q, "q", "student")
+    if log_shared is not None:
+        top_log_q = top_log_q - log_shared
+    top_log_q = top_log_q.clamp(min=_LOG_ZERO)
+
     # Every rank has these outcomes, so that their sums are not shares.
+    values, slopes = _outcomes(teacher, is_token, top_log_q, settings)
     value, slopes, pull = _weighted(values, slopes, kd_weight, settings)
     value = entries.once(value)
     if not settings.with_grad:
         return _Term(value)
     if settings.convention == "renormalised":
-        return _Term(value, sparse=(ids, slopes - top_log_q.exp() * pull))
+        return _Term(value, sparse=(ids, slopes - top_log_q.exp() * pull), scaled=(log_q.exp_(), q_weight))
+    # Of q among the shared entries, in which all is written from here on.
+    weight = (q_weight if log_shared is None else q_weight * log_shared.exp()) - pull
     if settings.convention == "bucket":
-        # The bucket pulls on each of its entries by their share in it. The share is made of logarithms, and for these
-        # entries alone: it can be a small number divided by a smaller one, which must not be added and taken back.
-        others = others_log_q.sub_(log_q_rest).exp_().mul_(slopes[:, -1:])
-        if not same:
-            others.addcmul_(log_q.exp_(), pull, value=-1)
-        return _Term(value, pull if same else 0.0, dense=others, sparse=(ids, slopes[:, :-1]))
-    if not same:
-        return _Term(value, dense=log_q.exp_().mul_(-pull), sparse=(ids, slopes))
-    return _Term(value, pull, sparse=(ids, slopes))
+        top_q, rest_slopes = top_log_q[:, :-1].exp(), slopes[:, -1:]
+        # At least 1, unless the rest is empty: no overflow, however little of q it has.
+        scale = largest.exp() * weight + rest_slopes / total.clamp(min=1)
+        return _Term(value, sparse=(ids, top_q * weight + slopes[:, :-1]), scaled=(share, scale))
+    q = log_q.exp_() if log_shared is None else log_q.sub_(log_shared).exp_()
+    return _Term(value, sparse=(ids, slopes), scaled=(q, weight))
+
+
+def _tokens(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Ids that can be looked up, any for what is no token, and which are tokens; [r, k] both."""
+    is_token = (ids >= 0) & (ids < settings.shared_size)
+    return torch.where(is_token, ids, 0).long(), is_token
+
+
+def _outcomes(
+    teacher: tuple[Tensor, ...], is_token: Tensor, log_q: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The divergence of the teacher's tokens, [r], and its slopes, [r, n], from log q of the outcomes, [r, n]."""
+    if settings.convention == "sampled":
+        weights, entropy = teacher[1] * is_token, teacher[2]
+        return -entropy[:, 0] - (weights * log_q).sum(-1), -weights
+    log_p = teacher[1].masked_fill(~is_token, _LOG_ZERO)
+    if settings.convention == "renormalised":
+        log_p = (log_p / settings.teacher_temperature).log_softmax(-1)
+    if settings.convention == "student_full":
+        log_p = log_p.log_softmax(-1)
+    if settings.convention == "bucket":
+        # Of an empty rest, 1 - sum p is rounding.
+        is_all = is_token.sum(-1, keepdim=True) == settings.shared_size
+        log_p = torch.cat([log_p, teacher[2].masked_fill(is_all, _LOG_ZERO)], -1)
+    log_p = log_p.clamp(min=_LOG_ZERO)
+    if settings.convention in ("partial", "student_full"):
+        # q does not add up to 1 here: its multiples would not cancel, so the slope has to be the forward KL's own.
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(-1), -p
+    return settings.divergence(log_p, log_q)
 
 
 def _weighted(values: Tensor, slopes: Tensor, kd_weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,3 +395,13 @@ def _metrics(
     teacher_ce = -entries.gather(log_p, labels.clamp(max=settings.shared_size - 1)).sum()
     student_entropy, teacher_entropy = (torch.special.entr(x.exp()).sum() for x in (log_q, log_p))
     return [student_entropy, teacher_ce, teacher_entropy, agree.sum().to(log_q.dtype)]
+
+
+def _sparse_metrics(
+    logits: Tensor, log_q: Tensor, teacher: tuple[Tensor, ...], settings: Settings, entries: Whole | Part
+) -> list[Tensor]:
+    """The same, where the targets say what the teacher's are."""
+    entropy, ce, top_ids = teacher[3:]
+    agree = entries.is_largest(logits[:, : entries.held(settings.shared_size)], top_ids[:, 0], "shared_student")
+    student_entropy = torch.special.entr(log_q.exp()).sum()
+    return [student_entropy, *(entries.once(x.sum()) for x in (ce, entropy)), agree.sum().to(log_q.dtype)]

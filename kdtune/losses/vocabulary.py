@@ -100,9 +100,22 @@ class Whole:
         """The distribution's logarithms at these tokens, [r, k], wherever they are."""
         return log_p.gather(-1, ids)
 
-    def without(self, x: Tensor, ids: Tensor) -> Tensor:
-        """`x` with -inf at these tokens."""
-        return x.scatter(-1, ids, -torch.inf)
+    def leave_out_(self, x: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Write -inf over those of these tokens that are wanted."""
+        # Added, since the others' ids may be those of tokens that stay.
+        return x.scatter_add_(-1, ids, torch.where(wanted, -torch.inf, x.new_zeros(())))
+
+    def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(log p - largest) in the place of the logarithms, that largest one, and the sum, [r, 1] each.
+
+        Args:
+            log_p: [r, any].
+            name: of these entries.
+            of: the distribution that they are from.
+        """
+        largest = log_p.amax(-1, keepdim=True).clamp_(min=torch.finfo(log_p.dtype).min)  # as in `extent`
+        exponentials = log_p.sub_(largest).exp_()
+        return exponentials, largest, exponentials.sum(-1, keepdim=True)
 
     def scatter_(self, x: Tensor, ids: Tensor, values: Tensor) -> None:
         """One token a row: [r, 1]."""
@@ -114,6 +127,10 @@ class Whole:
     def agree(self, x: Tensor, y: Tensor) -> Tensor:
         """Whether both are largest at the same token, [r]."""
         return x.argmax(-1) == y.argmax(-1)
+
+    def is_largest(self, x: Tensor, ids: Tensor, name: str) -> Tensor:
+        """Whether `x` is largest at this token, [r] from [r, any] and [r]."""
+        return x.argmax(-1) == ids
 
 
 class Part:
@@ -154,10 +171,14 @@ class Part:
     def look_up(self, log_p: Tensor, ids: Tensor, name: str, of: str) -> Tensor:
         return self.log_softmax(self.found[name].amax(0), of)  # absent ones are -inf
 
-    def without(self, x: Tensor, ids: Tensor) -> Tensor:
-        x = x.clone()
-        self.scatter_add_(x, ids, x.new_full(ids.shape, -torch.inf))
+    def leave_out_(self, x: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+        self.scatter_add_(x, ids, torch.where(wanted, -torch.inf, x.new_zeros(())))
         return x
+
+    def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
+        largest, log_sum = self._extent(name)  # of logits
+        largest = self.log_softmax(largest, of)
+        return log_p.sub_(largest).exp_(), largest, log_sum.exp()
 
     def scatter_(self, x: Tensor, ids: Tensor, values: Tensor) -> None:
         if x.shape[-1]:
@@ -175,6 +196,11 @@ class Part:
         # Of ranks with the same maximum the first has it, as of entries.
         winners = [self.found[name][..., 0].argmax(0) for name in ("shared_student", "shared_teacher")]  # [r] each
         return (winners[0] == self.rank) & (winners[1] == self.rank) & (x.argmax(-1) == y.argmax(-1))
+
+    def is_largest(self, x: Tensor, ids: Tensor, name: str) -> Tensor:
+        if not x.shape[-1]:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return (self.found[name][..., 0].argmax(0) == self.rank) & (x.argmax(-1) + self.start == ids)
 
     def _extent(self, name: str) -> tuple[Tensor, Tensor]:
         """The largest entry of the whole row, and log sum exp(x - largest), [r, 1] each."""
