@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "pipeline_parallel": {"dtensors", "models", "stage"},
     "tokenizers": {"config"},
     "data": {"config", "devices", "documents", "tokenizers"},
+    "teacher_cache": {"config"},
     "teacher": {"config", "data", "devices", "dtensors", "losses", "models"},
     "checkpoint": {"config", "distributed", "dtensors", "models", "pipeline_parallel", "tokenizers"},
     "distributed": {

@@ -1,0 +1,27 @@
+"""A teacher's answers in a folder, made once and used for every student: docs/teacher_cache_format.md.
+
+`Writer` fills a folder, keyed by `Examples.ids`, and `TeacherCache` reads it, in any order and by any number of
+processes. Only numpy is used here, so that other tools may read a cache with this part alone.
+"""
+
+from kdtune.teacher_cache.answers import Answers, Hidden, Samples, TopK, concatenate
+from kdtune.teacher_cache.card import Card, Dataset, Teacher, teacher_fingerprint
+from kdtune.teacher_cache.config import StoreConfig, check_store
+from kdtune.teacher_cache.store import TeacherCache, Writer, write_head
+
+__all__ = [
+    "Answers",
+    "Card",
+    "Dataset",
+    "Hidden",
+    "Samples",
+    "StoreConfig",
+    "Teacher",
+    "TeacherCache",
+    "TopK",
+    "Writer",
+    "check_store",
+    "concatenate",
+    "teacher_fingerprint",
+    "write_head",
+]
