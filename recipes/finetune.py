@@ -324,13 +324,14 @@ def load_data(
 
 
 def objective(cfg: Config, hidden: Tensor, head: nn.Linear, batch: data.Batch, num_tokens: int) -> losses.Loss:
-    """loss = ce, for one micro-batch of a step with `num_tokens` labels."""
+    """loss = ce with its weight, for one micro-batch of a step with `num_tokens` labels."""
     return losses.distillation_loss(
         hidden,
         head,
         batch.labels,
         num_tokens,
         scored=batch.scored,
+        ce_weight=cfg.ce_loss.weight,
         label_smoothing=cfg.ce_loss.label_smoothing,
         z_loss=cfg.ce_loss.z_loss,
         chunk_size=cfg.loss_chunk_size,

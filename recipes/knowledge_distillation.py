@@ -365,7 +365,7 @@ def check_settings(cfg: Config, device: torch.device) -> None:
     student, teacher = (
         models.from_hf_config(one.read_config()) for one in (cfg.checkpointer, cfg.teacher_checkpointer)
     )
-    losses.build_divergence(cfg.kd_loss)
+    losses.check_targets(cfg.kd_loss, "whole")
     preflight.check_training(cfg, device, student)
     teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
     check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=cfg.teacher.place(device))
@@ -402,7 +402,7 @@ def objective(
     num_tokens: int,
     progress: float,
 ) -> losses.Loss:
-    """loss = (1 - kd_ratio) * ce + kd_ratio * kd, for one micro-batch of a step with `num_tokens` labels."""
+    """loss = (1 - kd_ratio) * ce + kd_ratio * kd, each with its weight, of a micro-batch in `num_tokens` labels."""
     kd = cfg.kd_loss
     return losses.distillation_loss(
         hidden,
@@ -411,10 +411,11 @@ def objective(
         num_tokens,
         targets,
         scored=batch.scored,
-        ce_weight=1 - cfg.kd_ratio,
-        kd_weight=cfg.kd_ratio,
+        ce_weight=(1 - cfg.kd_ratio) * cfg.ce_loss.weight,
+        kd_weight=cfg.kd_ratio * kd.weight,
         divergence=losses.build_divergence(kd),
         temperature=kd.temperature,
+        teacher_temperature=kd.teacher_temperature,
         scale_by_temperature_squared=kd.scale_by_temperature_squared,
         teacher_share=kd.initial_teacher_share + (1 - kd.initial_teacher_share) * progress,
         label_margin=kd.label_margin,

@@ -1,7 +1,7 @@
 """The objective: cross-entropy on the labels blended with a divergence to the teacher, computed chunk by chunk."""
 
 from kdtune.losses.chunked import IGNORE, Loss, block_rows, default_chunk_size, distillation_loss
-from kdtune.losses.config import CELossConfig, KDLossConfig, build_divergence
+from kdtune.losses.config import CELossConfig, KDLossConfig, build_divergence, check_targets
 from kdtune.losses.divergences import (
     Divergence,
     DivergenceName,
@@ -36,6 +36,7 @@ __all__ = [
     "block_rows",
     "build_divergence",
     "by_autograd",
+    "check_targets",
     "default_chunk_size",
     "distillation_loss",
     "divergence",

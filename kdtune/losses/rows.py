@@ -8,13 +8,12 @@ the sums; of the gradient one product is left, with a sum over the vocabulary th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdtune.losses.divergences import Divergence
-from kdtune.losses.targets import Convention
+from kdtune.losses.targets import Comparison
 from kdtune.losses.vocabulary import Part, Vocabulary, Whole, extent
 
 _LOG_ZERO = -1e38  # instead of -inf, so that 0 * log 0 is 0
@@ -60,7 +59,7 @@ class Settings:
     z_loss: float
     student_activation: Activation
     teacher_activation: Activation
-    convention: Convention | Literal["sampled"] | None  # of a teacher's tokens; None: logits, or no teacher
+    convention: Comparison | None  # of a teacher's tokens; None: logits, or no teacher
     vocab_size: int  # of the student, over all ranks
     shared_size: int  # of both, over all ranks
     vocabulary: Vocabulary | None  # how ranks split it; None: all of it is here

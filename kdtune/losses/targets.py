@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdtune.losses.divergences import Divergence, forward_kl
 
 Convention = Literal["bucket", "renormalised", "partial", "student_full"]
+Comparison = Convention | Literal["sampled"]  # of a part of the teacher's distribution with the student's
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _column(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_convention(
-    convention: Convention | Literal["sampled"] | None,
+    convention: Comparison | None,
     divergence: Divergence,
     *,
     temperature: float = 1.0,

@@ -32,13 +32,15 @@ def test_the_loss_is_the_blend(tiny: Path, tmp_path: Path) -> None:
             assert line["loss"] == pytest.approx(blend, rel=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(1.0, None), (3.0, None), (3.0, 0.7)])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_divergence_is_what_its_definition_says(
-    temperature: float, scaled: bool, tiny: Path, tmp_path: Path
+    temperature: float, teacher_temperature: float | None, scaled: bool, tiny: Path, tmp_path: Path
 ) -> None:
     """Against dense logits of both folders, computed apart from the recipe."""
     settings = [f"kd_loss.temperature={temperature}", f"kd_loss.scale_by_temperature_squared={str(scaled).lower()}"]
+    if teacher_temperature is not None:
+        settings.append(f"kd_loss.teacher_temperature={teacher_temperature}")
     run = distil(tiny, tmp_path / "run", *settings, "max_steps=1", "lr_scheduler.num_warmup_steps=0", "batch_size=10")
     (line,) = tiny_runs.steps(run)
 
@@ -52,7 +54,7 @@ def test_the_divergence_is_what_its_definition_says(
         for i in range(len(examples)):
             tokens, labels = examples[i]
             log_q = (student(tokens[None])[0] / temperature).log_softmax(-1)
-            log_p = (teacher(tokens[None])[0] / temperature).log_softmax(-1)
+            log_p = (teacher(tokens[None])[0] / (teacher_temperature or temperature)).log_softmax(-1)
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[labels != data.IGNORE]
             total, count = total + divergence.sum().item(), count + len(divergence)
     expected = total / count * (temperature**2 if scaled else 1)
@@ -233,6 +235,22 @@ def test_parameters_reach_the_divergence(tiny: Path, tmp_path: Path) -> None:
     assert kd("kd_loss.name=symmetric_kl", "kd_loss.beta=0.3") == pytest.approx(0.3 * forward + 0.7 * reverse, rel=1e-5)
     assert kd("kd_loss.name=skew_forward_kl", "kd_loss.alpha=0.001") == pytest.approx(forward, rel=0.02)
     assert kd("kd_loss.name=jsd", "kd_loss.beta=0.001") == pytest.approx(0.001 * forward, rel=0.02)
+
+
+def test_weights_of_the_blend_are_of_the_total_alone(tiny: Path, tmp_path: Path) -> None:
+    def first(name: str, *settings: str) -> dict[str, float]:
+        one_step = ["kd_ratio=0.25", "max_steps=1", "lr_scheduler.num_warmup_steps=0"]
+        return tiny_runs.steps(distil(tiny, tmp_path / name, *settings, *one_step))[0]
+
+    plain, weighted = first("plain"), first("weighted", "kd_loss.weight=3", "ce_loss.weight=0.5")
+    assert (plain["ce_loss"], plain["kd_loss"]) == (weighted["ce_loss"], weighted["kd_loss"])
+    assert weighted["loss"] == pytest.approx(0.75 * 0.5 * plain["ce_loss"] + 0.25 * 3 * plain["kd_loss"], rel=1e-5)
+
+
+def test_settings_of_a_top_k_are_refused_where_all_is_known(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        distil(tiny, tmp_path / "run", "kd_loss.top_k_convention=partial")
+    assert "kd_loss.top_k_convention=partial is about a teacher of which only the top k" in capsys.readouterr().err
 
 
 def test_the_balance_is_logged_beside_what_it_balances(tiny: Path, tmp_path: Path) -> None:
