@@ -6,6 +6,7 @@ processes. Only numpy is used here, so that other tools may read a cache with th
 
 from kdtune.teacher_cache.answers import Answers, Hidden, Samples, TopK, concatenate
 from kdtune.teacher_cache.card import Card, Dataset, Teacher, teacher_fingerprint
+from kdtune.teacher_cache.codec import estimate_bytes
 from kdtune.teacher_cache.config import StoreConfig, check_store
 from kdtune.teacher_cache.store import TeacherCache, Writer, write_head
 
@@ -22,6 +23,7 @@ __all__ = [
     "Writer",
     "check_store",
     "concatenate",
+    "estimate_bytes",
     "teacher_fingerprint",
     "write_head",
 ]

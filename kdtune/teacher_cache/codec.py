@@ -7,6 +7,7 @@ reader needs zlib and a cumulative sum.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from kdtune.teacher_cache.config import Bits, HiddenDtype, StoreConfig
 
 MAX_NATS = 25.0  # what is further from 0 is stored as this: a probability of 1.4e-11
 _ABOVE_ONE = 1e-3  # nats by which the rounding of a teacher may lift a probability above 1
+# Of the planes of random ids and codes the second makes least, of those of zeros the third, and of a small vocabulary's
+# ids, which repeat from token to token, the first; they are tried in turn.
 _STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 HIDDEN_TYPES: dict[HiddenDtype, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "fp32": np.dtype("<f4")}
 
@@ -60,8 +63,9 @@ class Codec:
             num_tokens: its labelled tokens.
         """
         if self.store.kind == "hidden":
-            dtype = HIDDEN_TYPES[self.store.hidden_dtype]
-            return Hidden(np.frombuffer(data, dtype).reshape(num_tokens, -1), self.store.hidden_dtype)
+            assert self.hidden_size is not None
+            hidden = np.frombuffer(data, HIDDEN_TYPES[self.store.hidden_dtype])
+            return Hidden(hidden.reshape(num_tokens, self.hidden_size), self.store.hidden_dtype)
         planes = _Planes(zlib.decompress(data, -zlib.MAX_WBITS))
         rows = _Rows(planes.take(num_tokens, bytes_for(self._most)))
         return self._read_top_k(planes, rows) if self.store.kind == "top_k" else self._read_samples(planes, rows)
@@ -92,6 +96,8 @@ class Codec:
         yield from _split(quantize(rest, self.store.bits))
 
     def _sample_planes(self, answers: Samples) -> Iterator[bytes]:
+        if answers.num_samples != self.store.num_samples or (answers.counts.sum(1) != answers.num_samples).any():
+            raise ValueError(f"The draws of a token are not {self.store.num_samples}, which the cache keeps.")
         is_top = answers.ids == answers.top_ids[:, None]
         if not is_top.any(1).all():
             raise ValueError("The likeliest token must be among the sampled ids, with count 0 if it was not drawn.")
@@ -99,8 +105,6 @@ class Codec:
         yield from planes
         filled = np.take_along_axis(answers.ids, order, 1) >= 0
         counts = np.take_along_axis(answers.counts, order, 1)[filled]
-        if answers.num_samples != self.store.num_samples or (answers.counts.sum(1) != answers.num_samples).any():
-            raise ValueError(f"The draws of a token are not {self.store.num_samples}, which the cache keeps.")
         yield from _split(counts, bytes_for(self.store.num_samples))
         if (answers.log_ratios is not None) != (self.store.sampling_power != 1):
             raise ValueError(f"Draws from p^{self.store.sampling_power} have log_ratios if that is not p itself.")
@@ -143,7 +147,9 @@ class Codec:
         if bits != 32:
             codes = planes.take(len(rows), bits // 8)[:, None] - codes
         log_probs = rows.clear(-dequantize(codes, bits), -np.inf)
-        log_rest, entropy, label_log_probs = dequantize(planes.take(3 * len(rows), bits // 8), bits).reshape(3, -1)
+        log_rest, entropy, label_log_probs = dequantize(planes.take(3 * len(rows), bits // 8), bits).reshape(
+            3, len(rows)
+        )
         log_rest = -log_rest
         log_rest[rows.sizes == self.vocab_size] = -np.inf  # there is no other token
         if bits != 32:
@@ -159,7 +165,7 @@ class Codec:
         if self.store.sampling_power != 1:
             ratios = planes.take(rows.num_entries, 2).astype("<u2").view("<f2")
             log_ratios = rows.spread(ratios.astype(np.float32), 0)
-        entropy, label_log_probs = dequantize(planes.take(2 * len(rows), bits // 8), bits).reshape(2, -1)
+        entropy, label_log_probs = dequantize(planes.take(2 * len(rows), bits // 8), bits).reshape(2, len(rows))
         return Samples(ids, counts, log_ratios, self.store.num_samples, entropy, -label_log_probs, ids[:, 0].copy())
 
 
@@ -189,6 +195,26 @@ class _Rows:
         if self._filled is not None:
             values[~self._filled] = fill
         return values
+
+
+def estimate_bytes(store: StoreConfig, vocab_size: int, hidden_size: int | None = None) -> float:
+    """Bytes of a labelled token, rather too many: ids are taken to be spread evenly, and top_p to leave none out.
+
+    Args:
+        store: what is kept.
+        vocab_size: of the teacher.
+        hidden_size: of the teacher; store.kind=hidden only.
+    """
+    if store.kind == "hidden":
+        assert hidden_size is not None
+        return float(hidden_size * HIDDEN_TYPES[store.hidden_dtype].itemsize)
+    count = store.num_samples if store.kind == "samples" else store.top_k
+    id_bits = math.log2(math.e * max(1, vocab_size / count))  # of one of `count` ids in ascending order
+    code_bits = {8: 5.5, 16: 13.5, 32: 26.0}[store.bits]  # what deflate leaves of a log-probability
+    if store.kind == "samples":
+        count_bits = 2 + 16 * (store.sampling_power != 1)
+        return (count * (id_bits + count_bits) + 2 * store.bits) / 8
+    return (count * (id_bits + code_bits) + 4 * store.bits) / 8
 
 
 def quantize(nats: np.ndarray, bits: Bits) -> np.ndarray:
@@ -231,7 +257,7 @@ def _split(values: np.ndarray, num_bytes: int | None = None) -> list[bytes]:
         num_bytes = values.itemsize
     else:
         values = values.astype("<u4")
-    parts = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    parts = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.itemsize)
     return [parts[:, i].tobytes() for i in range(num_bytes)]
 
 

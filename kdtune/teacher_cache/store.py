@@ -368,8 +368,12 @@ def _write(path: Path, content: bytes, is_new: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         if is_new:
-            with suppress(FileExistsError):  # another writer was faster
+            try:
                 os.link(aside, path)
+            except FileExistsError:  # another writer was faster
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(aside, path)
         else:
             os.replace(aside, path)
     finally:
