@@ -175,7 +175,7 @@ class _Rows:
     def __init__(self, sizes: np.ndarray):
         self.sizes = sizes
         self.num_entries = int(sizes.sum())
-        self._width = int(sizes.max(initial=0))
+        self._width = int(sizes.max(initial=1))
         is_even = self.num_entries == self._width * len(sizes)
         self._filled = None if is_even else np.arange(self._width) < sizes[:, None]
 

@@ -92,17 +92,18 @@ def test_as_many_as_reach_a_mass(bits: Bits) -> None:
 
 def check_top_k(found: TopK, answers: TopK, bits: Bits) -> None:
     assert len(found) == len(answers)
+    if not len(answers):
+        return
     ids, log_probs = sorted_by_id(answers)
     found_ids, found_log_probs = sorted_by_id(found)
     assert found.ids.dtype == np.int32
-    assert found_ids.shape == ids.shape or not len(ids)
-    assert (found_ids == ids.reshape(found_ids.shape)).all()
+    assert found_ids.tolist() == ids.tolist()
     assert (found.top_ids == answers.top_ids).all()
     assert (found.ids[:, :1] == answers.top_ids[:, None]).all()
     assert (np.diff(found.ids[:, 1:], axis=1)[found.ids[:, 2:] >= 0] > 0).all()
     names = ("entropy", "label_log_probs")
     if bits == 32:
-        assert (found_log_probs == log_probs.reshape(found_log_probs.shape)).all()
+        assert (found_log_probs == log_probs).all()
         for name in ("log_rest", *names):
             assert (getattr(found, name) == getattr(answers, name)).all()
         return
@@ -235,20 +236,22 @@ def test_examples_are_joined() -> None:
     assert concatenate(states).hidden.shape == (4, 4)
 
 
-@pytest.mark.parametrize(("num_tokens", "sizes"), [(20, (155, 223, 320)), (200, (150, 218, 310))])
+@pytest.mark.parametrize(("num_tokens", "sizes"), [(20, (155, 224, 320)), (200, (150, 218, 310))])
 def test_bytes_of_a_token(num_tokens: int, sizes: tuple[int, ...]) -> None:
     """Ids that have nothing in common from token to token are the worst case."""
     vocab_size = 128_256
-    likely = made_answers.top_k(0, num_tokens, 64, 2000)
+    answers = made_answers.top_k(0, num_tokens, 64, 2000)
     generator = np.random.default_rng(0)
-    anywhere = np.stack([generator.choice(vocab_size, 2000, replace=False) for _ in range(num_tokens)])
-    answers = replace(likely, ids=np.take_along_axis(anywhere, likely.ids, 1).astype(np.int32))
+    anywhere = np.stack([generator.choice(vocab_size, 64, replace=False) for _ in range(num_tokens)])
+    answers = replace(answers, ids=anywhere.astype(np.int32))
     for bits, most in zip((8, 16, 32), sizes, strict=True):
         store = StoreConfig(bits=bits)  # type: ignore[arg-type]
         size = len(Codec(store, vocab_size).encode(answers)) / num_tokens
         assert size < most
         assert 0.95 < estimate_bytes(store, vocab_size) / size < 1.1
-    drawn = made_answers.samples(0, num_tokens, 12, vocab_size)
+    drawn = made_answers.samples(0, num_tokens, 12, 2000)
+    spread = generator.choice(vocab_size, 2000, replace=False)
+    drawn = replace(drawn, ids=np.where(drawn.ids < 0, -1, spread[drawn.ids]), top_ids=spread[drawn.top_ids])
     store = StoreConfig(kind="samples")
     assert len(Codec(store, vocab_size).encode(drawn)) / num_tokens < 35
     assert len(Codec(store, vocab_size).encode(drawn)) / num_tokens < 1.2 * estimate_bytes(store, vocab_size)
