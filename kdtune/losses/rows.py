@@ -345,7 +345,7 @@ def _outcomes(
     if settings.convention == "renormalised":
         log_p = (log_p / settings.teacher_temperature).log_softmax(-1)
     if settings.convention == "student_full":
-        log_p = log_p.log_softmax(-1)
+        log_p = log_p.log_softmax(-1).masked_fill(~is_token, _LOG_ZERO)
     if settings.convention == "bucket":
         # Of an empty rest, 1 - sum p is rounding.
         is_all = is_token.sum(-1, keepdim=True) == settings.shared_size

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kdtune.losses import IGNORE, Loss, Targets, TopKTargets, distillation_loss
+from kdtune.losses import IGNORE, Loss, SparseTargets, Targets, distillation_loss
 
 
 def make_problem(dtype=torch.float64, v=123, v_t=None, d=31, d_t=17, b=3, s=47, bias=False, seed=0):
@@ -57,11 +57,11 @@ def make_logits(n=29, v=37, size=2.0, seed=0, dtype=torch.float64):
 
 
 def loss_of_logits(student, teacher, labels=None, num_tokens=1, **settings) -> Loss:
-    """The objective of logits, [..., v], as hidden states of a head that passes them on. `teacher`: logits or top k."""
+    """The objective of logits, [..., v], as hidden states of a head that passes them on. The teacher's, or targets."""
     labels = torch.zeros(student.shape[:-1], dtype=torch.long) if labels is None else labels
-    targets = teacher if isinstance(teacher, TopKTargets) else Targets(teacher, _identity(teacher))
+    targets = teacher if isinstance(teacher, Targets | SparseTargets) else Targets(teacher, identity(teacher))
     settings = {"ce_weight": 0.0, "kd_weight": 1.0} | settings
-    return distillation_loss(student, _identity(student), labels, num_tokens, targets, **settings)
+    return distillation_loss(student, identity(student), labels, num_tokens, targets, **settings)
 
 
 def kd_and_grad(student, teacher, **settings):
@@ -71,7 +71,8 @@ def kd_and_grad(student, teacher, **settings):
     return loss.kd, torch.autograd.grad(loss.total, student)[0]
 
 
-def _identity(logits):
+def identity(logits):
+    """A head that passes logits on."""
     head = nn.Linear(logits.shape[-1], logits.shape[-1], bias=False, dtype=logits.dtype)
     nn.init.eye_(head.weight)
     return head

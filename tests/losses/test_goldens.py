@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import loss_of_logits
+from problems import identity, loss_of_logits
 
-from kdtune.losses import TopKTargets, divergence
+from kdtune import data
+from kdtune.cli import catalog
+from kdtune.cli.recipe import load_module
+from kdtune.losses import CELossConfig, KDLossConfig, TopKTargets, divergence
 
 PEERS = json.loads((Path(__file__).parent / "peer_values.json").read_text())
 STUDENT, TEACHER = torch.tensor(PEERS["student_logits"]), torch.tensor(PEERS["teacher_logits"])  # [2, 4, 4]
@@ -166,3 +169,46 @@ def test_reverse_kl_to_a_top_k_without_a_rest_is_refused(function):
     """NeMo-RL's zero_outside_topk takes log 0 = -100 there (75.41 and 39.32 here): a number of its own making."""
     with pytest.raises(ValueError, match="student_full: defined for forward_kl only"):
         value_and_gradient(top_4("student_full"), divergence=function)
+
+
+def aligner(kd_loss="fwd_kl", kd_loss_weight=1.0, sft_loss_weight=0.0, logits_scale=1.0, target_logits_scale=1.0):
+    """Its settings, as docs/coming_from_nemo_aligner.md translates them."""
+    kd = KDLossConfig(
+        name={"fwd_kl": "forward_kl", "bwd_kl": "reverse_kl"}[kd_loss],
+        weight=2 * kd_loss_weight,
+        temperature=1 / logits_scale,
+        teacher_temperature=1 / target_logits_scale,
+        scale_by_temperature_squared=False,
+        top_k_convention="renormalised",
+    )
+    return {"kd_ratio": 0.5, "kd_loss": kd, "ce_loss": CELossConfig(weight=2 * sft_loss_weight)}
+
+
+def by_definition(logits_scale, target_logits_scale):
+    """`_TopKLogitsCrossEntropy`: a softmax of the k logits on each side, times its scale; the mean over the mask."""
+    top, ids = NV_TEACHER.double().topk(4)
+    log_p = (target_logits_scale * top).log_softmax(-1)
+    log_q = (logits_scale * NV_STUDENT.double().gather(-1, ids)).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[NV_LABELS >= 0].mean().item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, 0.689084411),
+        ({"kd_loss": "bwd_kl"}, 0.581604660),
+        ({"sft_loss_weight": 0.4}, 2.308665752),
+        ({"kd_loss_weight": 3.0}, 3 * 0.689084411),
+        ({"logits_scale": 0.5, "target_logits_scale": 0.5}, 0.202943116),
+        ({"logits_scale": 0.5, "target_logits_scale": 0.8}, by_definition(0.5, 0.8)),
+        ({"logits_scale": 1.0, "target_logits_scale": 2.0}, by_definition(1.0, 2.0)),
+    ],
+)
+def test_nemo_aligners_settings(settings, value):
+    """Through the recipe's own objective, with a teacher that is compared as its settings say."""
+    recipe = load_module(catalog.find_recipe("knowledge_distillation"))
+    cfg = recipe.Config(**aligner(**settings))
+    batch = data.Batch(NV_LABELS.clamp(min=0), NV_LABELS, torch.arange(3).expand(2, 3))
+    targets = top_4(cfg.kd_loss.top_k_convention)
+    found = recipe.objective(cfg, NV_STUDENT, identity(NV_STUDENT), targets, batch, 5, 1.0)
+    assert found.total.item() == pytest.approx(value, rel=1e-6)

@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 import torch
 from problems import DEFINITIONS, kd_and_grad, kl, loss_of_logits, make_logits
+from torch import nn
 
-from kdtune.losses import DivergenceName, TopKTargets, by_autograd, divergence
+from kdtune.losses import DivergenceName, SampledTargets, TopKTargets, by_autograd, distillation_loss, divergence
 from kdtune.losses.targets import Convention
 
 NAMES = get_args(DivergenceName)
@@ -23,7 +24,7 @@ def top_k(teacher, k, convention="bucket", log_rest=None):
     return TopKTargets(ids, log_probs, log_rest, convention)
 
 
-def defined(student, targets, name="forward_kl", temperature=1.0):
+def defined(student, targets, name="forward_kl", temperature=1.0, teacher_temperature=None):
     """The sum over the rows and its gradient by autograd, from all of the student's probabilities."""
     student = student.detach().double().requires_grad_()
     p, q = targets.log_probs.double().exp(), student.softmax(-1).gather(-1, targets.ids)
@@ -33,7 +34,7 @@ def defined(student, targets, name="forward_kl", temperature=1.0):
         p_rest = 1 - p.sum(-1, keepdim=True) if targets.log_rest is None else targets.log_rest.double().exp()[:, None]
         kd = DEFINITIONS[name](torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1)).sum()
     elif targets.convention == "renormalised":
-        p = p ** (1 / temperature)
+        p = p ** (1 / (teacher_temperature or temperature))
         q = (student.gather(-1, targets.ids) / temperature).softmax(-1)
         kd = DEFINITIONS[name](p / p.sum(-1, keepdim=True), q).sum() * temperature**2
     elif targets.convention == "student_full":
@@ -73,13 +74,24 @@ def test_renormalised_softens_both_sides(name):
     torch.testing.assert_close(actual[0], kd_and_grad(*chosen, divergence=divergence(name), temperature=2.5)[0])
 
 
+def test_the_teacher_may_have_a_temperature_of_its_own():
+    """And T^2 is of the student's."""
+    student, teacher = make_logits()
+    targets = top_k(teacher, 8, "renormalised")
+    settings = {"temperature": 2.0, "teacher_temperature": 0.8}
+    assert_equal(kd_and_grad(student, targets, **settings), defined(student, targets, "forward_kl", *settings.values()))
+    whole = kd_and_grad(student, teacher, **settings)
+    assert_equal(kd_and_grad(student, top_k(teacher, 37, "renormalised"), **settings), whole)
+    assert_equal(whole, kd_and_grad(student, teacher * (2.0 / 0.8), temperature=2.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("convention", "name"), [*(("bucket", name) for name in NAMES), *((c, "forward_kl") for c in CONVENTIONS)]
 )
 def test_all_tokens_are_the_whole_distribution(convention, name, dtype):
     student, teacher = make_logits(dtype=dtype)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     actual = kd_and_grad(student, top_k(teacher, 37, convention), divergence=divergence(name))
     assert_equal(actual, kd_and_grad(student, teacher, divergence=divergence(name)), rtol=tolerance, atol=tolerance)
 
@@ -259,3 +271,148 @@ def test_padding_of_the_student_s_vocabulary_is_not_among_the_others(convention)
         torch.testing.assert_close(kd, expected[0])
         torch.testing.assert_close(grad[:, :19], expected[1][:, :19])
         assert grad[:, 19:].abs().max() == 0
+
+
+COMPARISONS = [
+    *(("bucket", name) for name in NAMES),
+    *(("renormalised", name) for name in NAMES),
+    ("partial", "forward_kl"),
+    ("student_full", "forward_kl"),
+]
+
+
+@pytest.mark.parametrize("absent", [-1, 37, 1000])  # 37 and more: tokens that only the teacher has
+@pytest.mark.parametrize(("convention", "name"), COMPARISONS)
+def test_rows_may_have_less_than_k_tokens(convention, name, absent):
+    """As of a top p. Each is as if it were alone, with as many as it has."""
+    student, teacher = make_logits(n=7)
+    targets = top_k(teacher, 36, convention)
+    counts = [36, 1, 2, 5, 12, 35, 3]
+    is_token = torch.arange(36) < torch.tensor(counts)[:, None]
+    few = TopKTargets(
+        targets.ids.masked_fill(~is_token, absent).int(),
+        targets.log_probs.masked_fill(~is_token, -torch.inf),
+        convention=convention,
+    )
+    settings = {"divergence": divergence(name)}
+    alone = [
+        kd_and_grad(student[i : i + 1], top_k(teacher[i : i + 1], count, convention), **settings)
+        for i, count in enumerate(counts)
+    ]
+    expected = sum(kd for kd, _ in alone), torch.cat([grad for _, grad in alone])
+    assert_equal(kd_and_grad(student, few, **settings), expected)
+    given = replace(few, log_rest=torch.log1p(-few.log_probs.exp().sum(-1).clamp(max=1)))
+    assert_equal(kd_and_grad(student, given, **settings), expected)
+
+
+@pytest.mark.parametrize(("convention", "name"), COMPARISONS)
+def test_a_row_without_any_token_adds_nothing(convention, name):
+    student, teacher = make_logits(n=4)
+    targets = top_k(teacher, 6, convention)
+    settings = {"divergence": divergence(name)}
+    kd, grad = kd_and_grad(student[1:], top_k(teacher[1:], 6, convention), **settings)
+    targets.ids[0] = -1
+    found, found_grad = kd_and_grad(student, targets, **settings)
+    torch.testing.assert_close(found, kd)
+    torch.testing.assert_close(found_grad[1:], grad)
+    torch.testing.assert_close(found_grad[0], torch.zeros_like(student[0]))
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0])
+def test_the_error_falls_with_k_as_the_rest_does(size):
+    """That of the gradient is less than twice the rest."""
+    student, teacher = make_logits(n=40, v=500, size=size)
+    whole, whole_grad = kd_and_grad(student, teacher)
+    value_errors, grad_errors, rests = [], [], []
+    for k in (1, 4, 16, 64, 256, 499):
+        targets = top_k(teacher, k)
+        kd, grad = kd_and_grad(student, targets)
+        rests.append(1 - targets.log_probs.exp().sum(-1).mean())
+        value_errors.append((whole - kd) / 40)
+        grad_errors.append((grad - whole_grad).abs().sum(-1).mean())
+    for errors in (value_errors, grad_errors):
+        assert all(a > b >= 0 for a, b in pairwise(errors))
+    assert all(error < 2 * rest for error, rest in zip(grad_errors, rests, strict=True))
+    assert grad_errors[-1] < 1e-3 * grad_errors[0]
+
+
+@pytest.mark.parametrize("lead", [-30.0, 0.0, 30.0, 100.0])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_exact_in_float32_whatever_the_student_gives_to_its_padding(convention, lead):
+    student, teacher = make_logits(n=20, v=500, size=1, dtype=torch.float32)
+    student[:, 480:] += lead
+    targets = replace(top_k(teacher[:, :480], 20, convention), vocab_size=480)
+    kd, grad = kd_and_grad(student, targets)
+    expected, expected_grad = defined(student[:, :480], targets)
+    torch.testing.assert_close(kd.double(), expected, rtol=1e-5, atol=0)
+    assert (grad[:, :480] - expected_grad).norm() < 1e-5 * expected_grad.norm()
+    assert grad[:, 480:].abs().max() == 0
+
+
+def test_a_student_that_rules_all_others_out():
+    student, teacher = make_logits(dtype=torch.float32)
+    targets = TopKTargets(torch.arange(5).expand(29, 5), teacher.log_softmax(-1)[:, :5])
+    head = nn.Linear(37, 37, dtype=torch.float32)
+    nn.init.eye_(head.weight)
+    with torch.no_grad():
+        head.bias.copy_(torch.where(torch.arange(37) < 5, 0, -torch.inf))
+    student.requires_grad_()
+    settings = {"kd_weight": 1.0, "divergence": divergence("jsd")}
+    loss = distillation_loss(student, head, torch.zeros(29, dtype=torch.long), 1, targets, ce_weight=0.0, **settings)
+    (grad,) = torch.autograd.grad(loss.total, student)
+    expected, expected_grad = defined(student + head.bias.clamp(min=-100), targets, "jsd")
+    torch.testing.assert_close(loss.kd.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-7)
+
+
+def known(teacher, labels, kind, **changes):
+    """Logits as `Targets`, a top k or draws, with what metrics need."""
+    log_p = teacher.log_softmax(-1)
+    metrics = {
+        "entropy": torch.special.entr(log_p.exp()).sum(-1),
+        "label_log_probs": log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0],
+        "top_ids": log_p.argmax(-1),
+    }
+    log_probs, ids = log_p.topk(teacher.shape[-1])
+    if kind == "samples":
+        return SampledTargets(ids, log_probs.exp(), **(metrics | changes))
+    return TopKTargets(ids, log_probs, **(metrics | changes))
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+@pytest.mark.parametrize("kind", ["top k", "samples"])
+def test_metrics_are_those_of_the_whole_distribution(kind, chunk_size):
+    student, teacher = make_logits(v=41)
+    teacher = teacher[:, :37]
+    student[:9, :37] += 3 * teacher[:9]  # so that some agree
+    student[5:12, 40] = 50  # entries that only the student has are not looked at for agreement
+    labels = (torch.arange(29) % 37).masked_fill(torch.arange(29) % 5 == 2, -100)
+    expected = loss_of_logits(student, teacher, labels, 19, with_metrics=True)
+    targets = known(teacher, labels, kind, vocab_size=37)
+    found = loss_of_logits(student, targets, labels, 19, chunk_size=chunk_size, with_metrics=True)
+    assert 0 < found.agreement < 1
+    torch.testing.assert_close(vars(found), vars(expected), rtol=1e-10, atol=1e-12)
+    if kind == "top k":  # which has the likeliest token among its own
+        again = loss_of_logits(student, replace(targets, top_ids=None), labels, 19, with_metrics=True)
+        assert again.agreement == found.agreement
+
+
+@pytest.mark.parametrize("missing", ["entropy", "label_log_probs"])
+def test_metrics_of_which_too_little_is_known_are_refused(missing):
+    student, teacher = make_logits()
+    labels = torch.zeros(29, dtype=torch.long)
+    with pytest.raises(ValueError, match="have to tell its entropy, label_log_probs and top_ids"):
+        loss_of_logits(student, known(teacher, labels, "top k", **{missing: None}), labels, with_metrics=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_probs": torch.zeros(4, 3)}, r"ids are \[4, 2\], log_probs \[4, 3\] instead of \[4, 2\]"),
+        ({"log_rest": torch.zeros(4, 1)}, r"ids are \[4, 2\], log_rest \[4, 1\] instead of \[4\]"),
+        ({"entropy": torch.zeros(3)}, r"ids are \[4, 2\], entropy \[3\] instead of \[4\]"),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TopKTargets(**({"ids": torch.zeros(4, 2, dtype=torch.long), "log_probs": torch.zeros(4, 2)} | changes))

@@ -20,6 +20,7 @@ from torch import nn
 from kdtune.losses import (
     IGNORE,
     DivergenceName,
+    SampledTargets,
     Targets,
     TopKTargets,
     Vocabulary,
@@ -47,7 +48,10 @@ def bhattacharyya(log_p, log_q):
 
 
 def case(sizes="same", dtype=torch.float64, change=None, top_k=None, **settings):
-    """A problem, and how its loss is computed. `top_k`: what `TopKTargets` gets beside the teacher's tokens."""
+    """A problem, and how its loss is computed.
+
+    `top_k`: what `TopKTargets` gets beside the teacher's tokens, or what makes targets of log p and the labels.
+    """
     v, v_t = SIZES[sizes]
     problem = make_problem(dtype=dtype, v=v, v_t=v_t, **SHAPE)
     problem = problem if change is None else change(*problem)
@@ -104,6 +108,30 @@ def unlabelled(hidden, head, teacher_hidden, teacher_head, labels):
     return hidden, head, teacher_hidden, teacher_head, torch.full_like(labels, IGNORE)
 
 
+def sampled(log_p, labels):
+    """Few draws of labelled positions alone, some of tokens that the student does not have."""
+    log_p = log_p[labels != IGNORE]
+    ids = torch.multinomial(log_p.exp(), 6, True, generator=torch.Generator().manual_seed(1))
+    ids[:, 5] = torch.arange(len(ids)) % 3 - 1  # -1 is none
+    metrics = metrics_of(log_p, labels[labels != IGNORE])
+    return SampledTargets(ids.int(), log_p.exp().gather(-1, ids.clamp(min=0)), **metrics, vocab_size=log_p.shape[-1])
+
+
+def few(log_p, labels, convention):
+    """Up to 5 tokens of labelled positions alone, of some none."""
+    log_p = log_p[labels != IGNORE]
+    log_probs, ids = log_p.topk(5)
+    ids = ids.masked_fill(torch.arange(5) >= torch.arange(len(ids))[:, None] % 6, -1)
+    metrics = metrics_of(log_p, labels[labels != IGNORE])
+    return TopKTargets(ids.int(), log_probs, None, convention, log_p.shape[-1], **metrics)
+
+
+def metrics_of(log_p, labels):
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    label_log_probs = log_p.gather(-1, labels[:, None])[:, 0]
+    return {"entropy": entropy, "label_log_probs": label_log_probs, "top_ids": log_p.argmax(-1)}
+
+
 CASES = {
     **{f"{name}": case(divergence=divergence(name)) for name in NAMES},
     **{f"{name}, T": case("padded", divergence=divergence(name), temperature=1.7) for name in NAMES},
@@ -137,6 +165,20 @@ CASES = {
     },
     "top k, T": case(top_k={"convention": "renormalised"}, temperature=2.0),
     "top k, all": case("tiny", top_k={"convention": "bucket"}),
+    **{
+        f"few, {convention}, {sizes}": case(
+            sizes, top_k=functools.partial(few, convention=convention), with_metrics=True
+        )
+        for convention in ("bucket", "renormalised", "partial", "student_full")
+        for sizes in ("same", "padded", "larger_teacher", "tiny")
+    },
+    **{f"samples, {sizes}": case(sizes, top_k=sampled, with_metrics=True) for sizes in SIZES},
+    "samples, capped": case("padded", change=with_head(capped), top_k=sampled, label_smoothing=0.1, z_loss=0.01),
+    "few, capped": case(
+        "padded", change=with_head(capped), top_k=functools.partial(few, convention="bucket"), label_smoothing=0.1
+    ),
+    "two temperatures": case("padded", temperature=1.7, teacher_temperature=0.6),
+    "top k, two temperatures": case(top_k={"convention": "renormalised"}, temperature=1.7, teacher_temperature=0.6),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -153,12 +195,18 @@ def cut(head, held):
 def compute(problem, top_k, settings, vocabulary=None, teacher_vocabulary=None):
     """All values of the loss, and the gradients of the hidden states and of what the head has."""
     hidden, head, teacher_hidden, teacher_head, labels = problem
-    log_probs, ids = teacher_head(teacher_hidden).detach().log_softmax(-1).topk(5)
+    log_p = teacher_head(teacher_hidden).detach().log_softmax(-1)
     head, teacher_head = (
         cut(x, slice(None) if part is None else part.held(x.weight.shape[0]))
         for x, part in ((head, vocabulary), (teacher_head, teacher_vocabulary or vocabulary))
     )
-    targets = Targets(teacher_hidden, teacher_head) if top_k is None else TopKTargets(ids, log_probs, **top_k)
+    if top_k is None:
+        targets = Targets(teacher_hidden, teacher_head)
+    elif callable(top_k):
+        targets = top_k(log_p, labels)
+    else:
+        log_probs, ids = log_p.topk(5)
+        targets = TopKTargets(ids, log_probs, **top_k)
     hidden = hidden.detach().requires_grad_()
     loss = distillation_loss(hidden, head, labels, 19, targets, **settings, vocabulary=vocabulary)
     (3 * loss.total).backward()
