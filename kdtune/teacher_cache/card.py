@@ -103,7 +103,7 @@ class Card:
         try:
             entries = json.loads(text)
             found = entries.pop("format"), entries.pop("version")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError("it is no card of a teacher cache") from None
         if found != (FORMAT, VERSION):
             raise ValueError(f"it is of {found[0]} {found[1]}, and this kdtune reads {FORMAT} {VERSION}")
