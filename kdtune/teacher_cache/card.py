@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kdtune import __version__
-from kdtune.teacher_cache.config import StoreConfig
+from kdtune.teacher_cache.config import StoreConfig, settings_of_kind
 
 FORMAT = "kdtune teacher cache"
 VERSION = 1
@@ -71,18 +71,18 @@ class Card:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What every answer of a cache has in common, by names as in card.json."""
-        teacher = asdict(self.teacher)
-        del teacher["name"]
-        return {
+        """What every answer of a cache has in common, by names as in card.json; what is null is left out."""
+        teacher = {name: value for name, value in asdict(self.teacher).items() if name != "name" and value is not None}
+        identity = {
             "version": VERSION,
-            "store": asdict(self.store),
+            "store": settings_of_kind(self.store),
             "vocab_size": self.vocab_size,
-            "hidden": self.hidden,
             "teacher": teacher,
             "tokenizer": self.tokenizer,
+            "hidden": self.hidden,
             "entropy_of": self.entropy_of,
         }
+        return {name: value for name, value in identity.items() if value is not None}
 
     @property
     def hash(self) -> str:
@@ -91,7 +91,8 @@ class Card:
 
     def to_json(self) -> str:
         """The content of card.json."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self), "hash": self.hash}, indent=1) + "\n"
+        entries = {"format": FORMAT, "version": VERSION, **asdict(self), "store": settings_of_kind(self.store)}
+        return json.dumps({**entries, "hash": self.hash}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Card:

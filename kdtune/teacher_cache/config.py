@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from kdtune.config import setting
 
@@ -33,6 +33,19 @@ _ONLY_OF = {
     "bits": ("top_k", "samples"),
     "hidden_dtype": ("hidden",),
 }
+
+
+def settings_of_kind(cfg: StoreConfig) -> dict[str, Any]:
+    """What tells its answers from others: the settings that its kind has, without those that are null.
+
+    A later version's new settings, of other kinds or null by default, leave it as it is.
+    """
+    settings = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if value is not None and cfg.kind in _ONLY_OF.get(name, (cfg.kind,))
+    }
 
 
 def check_store(cfg: StoreConfig, vocab_size: int | None = None) -> None:
