@@ -7,7 +7,7 @@ tokens, or the nearest that a peer has: `OBJECTIVES` says what. Peers are called
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,30 @@ class Problem:
         with torch.no_grad():
             return self.teacher_head(self.teacher_hidden)
 
+    def log_p(self) -> Iterator[Tensor]:
+        """The teacher's distributions of the labelled positions, [n, v] at a time."""
+        scored = self.labels.flatten() != losses.IGNORE
+        for hidden in self.teacher_hidden.flatten(0, 1)[scored].split(256):
+            yield F.linear(hidden.float(), self.teacher_head.weight.float()).log_softmax(-1)
+
+    @property
+    def targets(self) -> losses.Targets:
+        """All of them, as a live teacher gives them."""
+        return losses.Targets(self.teacher_hidden, self.teacher_head)
+
+    @functools.cached_property
+    def top_k(self) -> losses.TopKTargets:
+        """What a cache has of them: the 64 likeliest tokens."""
+        log_probs, ids = (torch.cat(parts) for parts in zip(*(x.topk(64) for x in self.log_p()), strict=True))
+        return losses.TopKTargets(ids, log_probs)
+
+    @functools.cached_property
+    def samples(self) -> losses.SampledTargets:
+        """The same: 12 draws."""
+        draws = ((x.exp().multinomial(12, replacement=True), torch.special.entr(x.exp()).sum(-1)) for x in self.log_p())
+        ids, entropy = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        return losses.SampledTargets(ids, torch.full(ids.shape, 1 / 12, device=ids.device), entropy)
+
 
 def random_problem(
     tokens: int,
@@ -74,15 +98,17 @@ def random_problem(
     )
 
 
-def kdtune(problem: Problem, compile: bool = False) -> Tensor:
+def kdtune(problem: Problem, known: str | None = "targets", compile: bool = False) -> Tensor:
+    """`known`: the attribute of the problem that says what is known of the teacher; None: there is none."""
+    targets = None if known is None else getattr(problem, known)
     return losses.distillation_loss(
         problem.hidden,
         problem.head,
         problem.labels,
         problem.num_labelled,
-        losses.Targets(problem.teacher_hidden, problem.teacher_head),
+        targets,
         ce_weight=problem.ce_weight,
-        kd_weight=problem.kd_weight,
+        kd_weight=0.0 if targets is None else problem.kd_weight,
         compile=compile,
     ).total
 
@@ -172,12 +198,14 @@ class Objective:
         compute: the loss and its graph.
         value: what the loss is, as a key of `reference`.
         compiles: with torch.compile, also on the CPU.
+        known: what there is before it computes, an attribute of the problem.
     """
 
     title: str
     compute: Callable[[Problem], Tensor]
     value: str = "ce + kd"
     compiles: bool = False
+    known: str | None = None
 
 
 OBJECTIVES = {
@@ -192,25 +220,46 @@ OBJECTIVES = {
     "modelopt": Objective("Model Optimizer", model_optimizer),
 }
 
+# With a teacher out of a cache, and with none.
+CACHED = {
+    "top-k": Objective(
+        "kdtune, top 64 known", functools.partial(kdtune, known="top_k"), "ce + top-k kd", known="top_k"
+    ),
+    "samples": Objective(
+        "kdtune, 12 draws known", functools.partial(kdtune, known="samples"), "ce + drawn kd", known="samples"
+    ),
+    "labels": Objective("kdtune, labels alone", functools.partial(kdtune, known=None), "ce"),
+}
+
 
 @torch.no_grad()
 def reference(problem: Problem) -> dict[str, float]:
     """What each kind of value is for the problem, from float32 logits, whatever its type."""
     scored = problem.labels.flatten() != losses.IGNORE
     columns = (problem.hidden.flatten(0, 1), problem.teacher_hidden.flatten(0, 1), problem.labels.flatten())
-    ce = kd = entropy = 0.0
-    for hidden, teacher_hidden, labels in zip(*(column[scored].split(256) for column in columns), strict=True):
+    ce = kd = entropy = top_kd = sampled_kd = 0.0
+    cached = (problem.top_k.ids, problem.samples.ids)
+    chunks = (*(column[scored].split(256) for column in columns), *(ids.split(256) for ids in cached))
+    for hidden, teacher_hidden, labels, top, drawn in zip(*chunks, strict=True):
         log_q = F.linear(hidden.float(), problem.head.weight.float()).log_softmax(-1)  # [n, v]
         log_p = F.linear(teacher_hidden.float(), problem.teacher_head.weight.float()).log_softmax(-1)  # [n, v]
         p = log_p.exp()
         ce -= log_q.gather(-1, labels[:, None]).double().sum().item()
         kd += (p * (log_p - log_q)).sum(-1).double().sum().item()
         entropy -= (p * log_p).sum(-1).double().sum().item()
-    ce, kd, entropy = (value / problem.num_labelled for value in (ce, kd, entropy))
+        top_p, top_q = (x.exp().gather(-1, top).double() for x in (log_p, log_q))
+        top_p, top_q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (top_p, top_q))
+        top_kd += (top_p * (top_p / top_q).log()).sum().item()
+        sampled_kd += (p * log_p).sum().item() - log_q.gather(-1, drawn).mean(-1).double().sum().item()
+    sums = (ce, kd, entropy, top_kd, sampled_kd)
+    ce, kd, entropy, top_kd, sampled_kd = (value / problem.num_labelled for value in sums)
     blend = problem.ce_weight * ce + problem.kd_weight * kd
     return {
         "ce + kd": blend,
         "kd": problem.kd_weight * kd,
+        "ce": problem.ce_weight * ce,
+        "ce + top-k kd": problem.ce_weight * ce + problem.kd_weight * top_kd,
+        "ce + drawn kd": problem.ce_weight * ce + problem.kd_weight * sampled_kd,
         "ce + kd + H(teacher)": blend + problem.kd_weight * entropy,
     }
 
