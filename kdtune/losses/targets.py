@@ -101,8 +101,8 @@ class SampledTargets:
     """Tokens drawn from the teacher's distribution p, weighted so that their expectation is p.
 
     - entropy - sum w log q is then an unbiased estimate of the forward KL, sum p (log p - log q), and so is its
-    gradient: the student learns all of p, of which a top k shows the same part in every epoch. With n draws from r each
-    counts p / (n r); r = p gives 1 / n (Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge
+    gradient: over many positions the student learns all of p, with the tail that no top k has. Each of n draws from r
+    weighs p / (n r); r = p gives 1 / n (Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge
     Distillation in LLMs", arXiv:2503.16870). An estimate can be below 0.
 
     All of it is [b, s, ...], or [t, ...] of the labelled positions alone, in order.

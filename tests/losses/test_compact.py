@@ -85,3 +85,23 @@ def test_a_step_without_data(kind):
     distillation_loss(hidden, head, labels, 20, targets, **settings).total.backward()
     assert hidden.grad.shape == hidden.shape
     assert head.weight.grad.shape == head.weight.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [None, 69_000])
+@pytest.mark.parametrize("kind", ["top k", "samples"])
+def test_compiled_equals_eager(kind, vocab_size):
+    hidden, head, teacher_hidden, teacher_head, labels = make_problem(dtype=torch.float32, v=70_001)
+    scored = labels != IGNORE
+    targets = known(teacher_head(teacher_hidden).detach()[scored], labels[scored], kind)
+    fields = vars(targets) | {"vocab_size": vocab_size, "ids": targets.ids[:, :20].clone()}
+    fields["ids"][::3, 15:] = -1
+    numbers = "weights" if kind == "samples" else "log_probs"
+    fields[numbers] = fields[numbers][:, :20]
+    settings = {"ce_weight": 0.5, "kd_weight": 0.5, "with_metrics": True}
+    results = []
+    for compile in (False, True):
+        loss = distillation_loss(hidden, head, labels, 80, type(targets)(**fields), compile=compile, **settings)
+        results.append([*vars(loss).values(), *torch.autograd.grad(loss.total, (hidden, head.weight))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
