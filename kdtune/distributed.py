@@ -42,6 +42,11 @@ class ParallelConfig:
     context: int = setting(1, gt=0)  # processes that split each row's positions
     tensor: int = setting(1, gt=0)  # processes that split each layer's products and the vocabulary; they share rows
     reshard_after_forward: bool = True  # gather a layer's weights again in the backward; false: keep them till then
+    offload: bool = False  # each process's part of weights, gradients and moments is in host memory, and steps too
+
+    def place(self, device: torch.device) -> torch.device:
+        """Where a process that computes on `device` keeps its part."""
+        return torch.device("cpu") if self.offload else device
 
 
 @dataclass(frozen=True)
@@ -290,7 +295,7 @@ def sharding(
     mesh = mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else mesh["data_shard"]
 
     def shard(model: Decoder) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed import fsdp
 
         # FSDP2's warning of hidden states that are a view (torch 2.13), into which nobody writes.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -306,18 +311,26 @@ def sharding(
             pipeline_parallel.split(model, ranks.stage, cfg.tensor)
         if not trains and mesh.size(-1) == 1:
             return  # nothing to gather, and no gradients to add up
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.head.weight.dtype, torch.float32))
+        if cfg.offload:
+            model.compute_device = ranks.device
         again = cfg.reshard_after_forward or not trains
         units = _units(model)
         # Weights in few bits cannot be cut. Where there are some, each process has all that is frozen, and nothing but
         # what is trained is gathered.
         in_few_bits = any(is_quantized(parameter) for parameter in model.parameters())
         kept = {parameter for parameter in model.parameters() if in_few_bits and not parameter.requires_grad}
+        sums = torch.promote_types(model.head.weight.dtype, torch.float32)
+        settings: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=sums),
+            "offload_policy": fsdp.CPUOffloadPolicy() if cfg.offload else fsdp.OffloadPolicy(),
+            "ignored_params": kept,
+        }
         for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=kept)
+            fsdp.fully_shard(unit, reshard_after_forward=again, **settings)
         # Head and norm stay gathered from the forward to the backward: the loss, which is outside, needs the head.
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
-        register_fsdp_forward_method(model, "hidden")
+        fsdp.fully_shard(model, reshard_after_forward=False, **settings)
+        fsdp.register_fsdp_forward_method(model, "hidden")
         if trains:
             model.model.register_forward_hook(_ask_for_gradient)
         for unit in (model, *units):

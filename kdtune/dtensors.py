@@ -41,14 +41,17 @@ def like(tensor: Tensor, part: Tensor, mesh_like: Callable[[DeviceMesh], DeviceM
 
     Args:
         tensor: one that lies over a mesh, or a plain one; then the part is all of it.
-        part: on the device of the mesh.
+        part: on any device; it stays there.
         mesh_like: takes the mesh of `tensor`, and gives another one to lie over. None: the same.
     """
     if not is_spread(tensor):
         return part
-    mesh, placements = tensor.device_mesh, tensor.placements
-    mesh = mesh if mesh_like is None else mesh_like(mesh)
-    return type(tensor).from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    mesh = tensor.device_mesh if mesh_like is None else mesh_like(tensor.device_mesh)
+    meta = TensorMeta(tensor.shape, tensor.stride(), part.dtype)
+    # Not `from_local`, which would put all that is in host memory onto the GPU.
+    return type(tensor)(part, DTensorSpec(mesh, tensor.placements, tensor_meta=meta), requires_grad=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -52,21 +52,21 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return []
-    weight = model.head.weight
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)  # [b]
+    device = model.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [b]
     longest = int(lengths.max())
-    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=weight.device)
+    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     cache = KVCache(longest + max_new_tokens - 1)
     # Not seed + row: the second row of one seed would be the first of the next.
     generators = [np.random.default_rng([seed, first_row + row]) for row in range(len(prompts))]
-    stops = torch.tensor(sorted(stop_ids), device=weight.device, dtype=torch.int64)
+    stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
 
     # Marking the padding costs the fast causal attention, and only dynamic rope looks at the length of a row.
     documents = None
     if model.config.rope.type == "dynamic":
-        documents = Documents.in_rows([len(prompt)] for prompt in prompts).to(weight.device)
+        documents = Documents.in_rows([len(prompt)] for prompt in prompts).to(device)
     hidden = model.hidden(tokens, documents=documents, cache=cache)  # [b, s, d]
-    hidden = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]  # [b, d], the last of each prompt
+    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [b, d], the last of each prompt
 
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
     steps = []  # of [b]

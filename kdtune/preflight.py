@@ -71,8 +71,11 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     teacher: Any = getattr(cfg, "teacher", None)
     teacher_parallel = getattr(cfg, "teacher_parallel", None) or cfg.parallel
     distributed.check_layout(teacher_parallel, ranks.size, "teacher_parallel" if teacher else "parallel")
+    moving = [f"{one}.offload" for one in ("teacher", "optimizer") if hasattr(cfg, one)]
+    check_offloading(cfg.parallel, ranks, "parallel", moving)
     if teacher_parallel is not cfg.parallel:
         check_without_backward(teacher_parallel, "teacher_parallel")
+        check_offloading(teacher_parallel, ranks, "teacher_parallel", moving[:1])
     if ranks.size == 1:
         return
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
@@ -98,6 +101,13 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
                 f"teacher_parallel.{name}={of_teacher} and parallel.{name}={degree}: {why}. Give "
                 f"teacher_parallel.{name}={degree}."
             )
+    few_bits = cfg.lora is not None and cfg.lora.base_quantization
+    for setting, is_set, why in (
+        ("optimizer.offload", cfg.optimizer.offload, "it has moved the optimizer's state to the host as well"),
+        ("lora.base_quantization", few_bits, "weights of few bits are not cut, and all that is trained is small"),
+    ):
+        if cfg.parallel.offload and is_set:
+            raise ValueError(f"{setting} does not go with parallel.offload=true: {why}. Leave one of them out.")
     degree = cfg.parallel.tensor
     for setting, names, why in (
         ("lora", ("pipeline", "tensor"), "an adapter is made beside whole layers"),
@@ -131,6 +141,37 @@ def check_without_backward(cfg: ParallelConfig, section: str) -> None:
         raise ValueError(
             f"{section}.reshard_after_forward=false keeps a layer's weights for its backward, and this model has none. "
             "Leave it out."
+        )
+
+
+def check_offloading(cfg: ParallelConfig, ranks: Ranks, section: str, alone: Sequence[str] = ()) -> None:
+    """Refuse to keep in host memory what is there, or what is nobody's part.
+
+    Args:
+        cfg: how a model is spread.
+        ranks: the processes.
+        section: of the settings, to name them.
+        alone: settings that move something to the host in one process.
+
+    Raises:
+        ValueError: says why, and what to take instead.
+    """
+    if not cfg.offload:
+        return
+    setting = f"{section}.offload=true keeps each process's part of a model in host memory"
+    if ranks.size == 1:
+        instead = " and ".join(f"{one}=true" for one in alone)
+        raise ValueError(
+            f"{setting}, and one process has no part: it needs all of the model on the GPU. "
+            + (f"Take {instead}, or start more processes." if alone else "Leave it out, or start more processes.")
+        )
+    if ranks.device.type == "cpu":
+        raise ValueError(f"{setting}, and on the CPU it is there. Leave it out.")
+    _, _, shard, context, _ = distributed.check_layout(cfg, ranks.size, section)
+    if shard * context == 1:
+        raise ValueError(
+            f"{setting}, and with {section}.data_shard=1 each has all of its layers, which would be in that memory "
+            f"once for each of them. Take {section}.data_shard for some of the processes, or leave it out."
         )
 
 

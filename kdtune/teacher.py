@@ -78,7 +78,7 @@ class LiveTeacher:
         self.model = model.requires_grad_(False).eval()
         if offload_to is not None:
             stream_layers(model, offload_to)
-        self.device = model.head.weight.device
+        self.device = model.device
         # What FSDP gathers into is used again, outside of inference mode, too.
         self._without_gradients = torch.no_grad if any(map(is_spread, model.parameters())) else torch.inference_mode
         self.head = model.head

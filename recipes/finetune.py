@@ -170,7 +170,7 @@ def build(cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
     """Model and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
-    model = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=ranks.device, shard=shard)
+    model = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=cfg.parallel.place(ranks.device), shard=shard)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(model, mode, cfg.enable_activation_offloading)
@@ -193,7 +193,7 @@ def forward_backward(
         micro_batches: all of the step, on the host.
         num_tokens: labels of all of them.
     """
-    device = model.head.weight.device
+    device = model.device
     loss_sum = torch.zeros((), device=device)
     losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
     for direction, i in pipeline_parallel.schedule(model, len(micro_batches)):

@@ -52,7 +52,7 @@ def main(cfg: Config) -> None:
     model = checkpoint.load_model(
         cfg.checkpointer.checkpoint_dir,
         dtype=devices.DTYPES[cfg.dtype],
-        device=ranks.device,
+        device=cfg.parallel.place(ranks.device),
         adapter_dir=cfg.checkpointer.adapter_dir,
         shard=distributed.sharding(ranks, cfg.parallel, trains=False),
     ).eval()
@@ -118,6 +118,7 @@ def check(cfg: Config) -> Inputs:
             "process, and parallel.data_replicate for many prompts."
         )
     preflight.check_without_backward(cfg.parallel, "parallel")
+    preflight.check_offloading(cfg.parallel, ranks, "parallel")
     if cfg.temperature == 0 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise ValueError(
             "temperature=0 takes the likeliest token each time, so top_k, top_p and num_samples change nothing. Sample "

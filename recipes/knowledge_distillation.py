@@ -199,7 +199,7 @@ def build(
     dtype = devices.DTYPES[cfg.dtype]
     teacher = load_teacher(cfg, ranks, cfg.teacher.quantization, cfg.teacher.offload)
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
-    student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=ranks.device, shard=shard)
+    student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=cfg.parallel.place(ranks.device), shard=shard)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
@@ -224,7 +224,7 @@ def load_teacher(
     model = checkpoint.load_model(
         cfg.teacher_checkpointer.checkpoint_dir,
         dtype=devices.DTYPES[cfg.teacher.dtype or cfg.dtype],
-        device="cpu" if offload else place,
+        device="cpu" if offload else parallel.place(place),
         adapter_dir=cfg.teacher_checkpointer.adapter_dir,
         quantization=quantization,
         shard=distributed.sharding(ranks, parallel, trains=False, vocab_size=vocab_size),
@@ -247,7 +247,7 @@ def forward_backward(
         num_tokens: labels of all of them.
         progress: share of the run that is done, 0 to 1.
     """
-    device = student.head.weight.device
+    device = student.device
     sums = torch.zeros(4, device=device)
     losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
     for direction, i in pipeline_parallel.schedule(student, len(micro_batches)):

@@ -219,7 +219,8 @@ def load_model(
     if shard is not None:
         shard(model.to(dtype))
         if torch.device(device).type != "meta":
-            model.to_empty(device=device)
+            computes = model.compute_device or device  # with what no file has
+            model._apply(lambda t: torch.empty_like(t, device=device if isinstance(t, nn.Parameter) else computes))
         # Adapters are in no folder.
         here = {model.in_checkpoint(name): parameter for name, parameter in model.named_parameters()}
         for name, shape in parameter_shapes(config).items() if is_filled else ():

@@ -193,6 +193,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.stage: Stage | None = None  # which of its layers are here, if a pipeline has it
+        self.compute_device: torch.device | None = None  # to which its weights come; None: they are there
 
     def in_checkpoint(self, name: str) -> str:
         """A parameter's name in a checkpoint, where a tied weight is once; the last stage of a pipeline has it too."""
@@ -203,6 +204,11 @@ class Decoder(nn.Module):
     def head(self) -> nn.Linear:
         """From hidden states [..., d] to logits [..., v]; `.weight` is [v, d], the embedding itself if tied."""
         return self.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.compute_device or self.head.weight.device
 
     def hidden(
         self,

@@ -96,7 +96,8 @@ class LoraLinear(nn.Linear):
         if self.lora_magnitude_vector is not None:
             squares = _wide(local(self.weight)).square().sum(1)
             local(self.lora_magnitude_vector).copy_(squares.sqrt())
-            self.square_lengths = whole(like(self.lora_magnitude_vector, squares))
+            lengths = whole(like(self.lora_magnitude_vector, squares))
+            self.square_lengths = lengths.to(self.square_lengths.device)
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:

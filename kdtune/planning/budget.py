@@ -96,6 +96,8 @@ def _possible(cfg: Any) -> Iterator[Change]:
     yield Change({"teacher.offload": "true"}, "the teacher's layers come from the host's memory")
     offload = {"optimizer.name": "adamw", "optimizer.offload": "true"}
     yield Change(offload, "the optimizer computes on the host")
+    parts = {"parallel.offload": "true", "optimizer.name": "adamw", "optimizer.offload": "false"}
+    yield Change(parts, "weights come from the host's memory, and the optimizer computes there")
     yield Change({"teacher.quantization": "nf4"}, "the teacher is rounded to 4 bits")
     if getattr(cfg, "lora", None) is None:
         adapter = {"lora.rank": "16", "optimizer.precision": "null"}  # which is in float32

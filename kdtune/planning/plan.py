@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -98,6 +99,10 @@ def describe(cfg: Any, build: Callable[..., Any], forward_backward: Callable[...
     there = devices.memory(ranks.device)
     if planned.device.total > there:
         text += f"\nWARNING: {ranks.device} has {format_bytes(there)}. `kdtune plan` with --budget says what to change."
+    here, free = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), devices.free_host_memory()
+    if planned.host.total * here > free:
+        text += f"\nWARNING: that is {format_bytes(planned.host.total * here)} of this machine's own memory"
+        text += f" for {here} processes" * (here > 1) + f", and {format_bytes(free)} are free."
     return text
 
 
@@ -172,6 +177,9 @@ def _run(
     with spread, without_data(host) as (compute, shares), Tracker(compute) as tracker:
         *built, optimizer = build(cfg, ranks)
         models = _by_role(built)
+        for root in (root for roots in models.values() for root in roots):
+            if state := getattr(root, "_get_fsdp_state", None):
+                state()._lazy_init()  # which moves what is to stay in host memory, and no first forward has come by
         rows = [_full_batch(cfg) for _ in range(traced)]
         num_tokens = sum(batch.labels.numel() for batch in rows)
         micro_batches = [ranks.share.of(batch) for batch in rows]

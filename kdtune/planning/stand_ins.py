@@ -122,6 +122,8 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if func._schema.returns else None
     if func is aten.nonzero.default:
         return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+    if func is aten._pin_memory.default:  # host memory to and from which a GPU copies by itself
+        return torch.empty_like(args[0])
     if func is aten._local_scalar_dense.default:
         return 1.0 if args[0].dtype.is_floating_point else 1
     if func is aten.index.Tensor:

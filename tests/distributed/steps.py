@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdtune import checkpoint, data, distributed, losses, optim
 from kdtune.checkpoint.state import Run
 from kdtune.data.batch import without_labels
-from kdtune.distributed import ParallelConfig
+from kdtune.distributed import ParallelConfig, Ranks
 from kdtune.documents import Documents
 from kdtune.dtensors import is_spread
 from kdtune.generation import generate
@@ -65,16 +66,27 @@ class Settings:
 class Training:
     """A pair that is trained, by this process together with the others."""
 
-    def __init__(self, models: Path, parallel: ParallelConfig, start: Path | None = None, **settings: Any) -> None:
-        self.ranks = distributed.join(parallel, "cpu")
+    def __init__(
+        self,
+        models: Path,
+        parallel: ParallelConfig,
+        start: Path | None = None,
+        ranks: Ranks | None = None,
+        **settings: Any,
+    ) -> None:
+        self.ranks = ranks or distributed.join(parallel, "cpu")
+        if parallel.offload and self.ranks.device.type == "cpu":
+            offload_without_a_gpu()
         self.cfg = cfg = Settings(**settings)
         cfg.checkpointer.checkpoint_dir = str(models / cfg.student)
-        load = {"dtype": cfg.dtype, "device": self.ranks.device}
+        place = parallel.place(self.ranks.device)
         shard = distributed.sharding(self.ranks, parallel, trains=True)
-        self.student = checkpoint.load_start(cfg, start, **load, shard=shard)
+        self.student = checkpoint.load_start(cfg, start, dtype=cfg.dtype, device=place, shard=shard)
         size = self.student.config.vocab_size
-        shard_teacher = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
-        self.teacher = LiveTeacher(checkpoint.load_model(models / "teacher", **load, shard=shard_teacher))
+        shard = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
+        place = self.ranks.device if shard is None else place
+        teacher = checkpoint.load_model(models / "teacher", dtype=cfg.dtype, device=place, shard=shard)
+        self.teacher = LiveTeacher(teacher)
         # In float32 a gradient that is hardly more than rounding errors is not to become a whole step.
         eps = 1e-8 if cfg.dtype == torch.float64 else 1e-3
         self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, eps=eps))
@@ -89,13 +101,13 @@ class Training:
         most = -(-len(micro_batches) // share.num_ranks)
         mine = micro_batches[share.rank :: share.num_ranks]
         mine = [share.of(batch) for batch in [*mine, *[without_labels(packed=False)] * (most - len(mine))]]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         waiting = {}
         for direction, i in schedule(self.student, len(mine)):
             if direction == "backward":
                 waiting.pop(i).backward()
                 continue
-            batch = mine[i]
+            batch = mine[i].to(self.ranks.device)
             targets = self.teacher(batch)
             hidden = self.student.hidden(batch.tokens, batch.positions, batch.documents)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
@@ -106,6 +118,13 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return [*self.ranks.all_sum(total[None]), norm.item()]
+
+
+def offload_without_a_gpu() -> None:
+    """Let FSDP do in this process what it does of offloading where no GPU is: all but pinning and the copies."""
+    from torch.distributed import fsdp
+
+    fsdp.CPUOffloadPolicy = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)  # type: ignore
 
 
 class Traffic(TorchDispatchMode):
@@ -174,7 +193,7 @@ def train(
     run.wait()
     assert contents(in_background) == contents(folder / "kept"), "what training did meanwhile is in no file"
     with torch.no_grad():  # as a validation, which leaves the head gathered, or all weights
-        training.student.hidden(torch.arange(4)[None])
+        training.student.hidden(torch.arange(4, device=training.ranks.device)[None])
     writer.finish(run, training.cfg.dtype)
     if training.ranks.size > 1:
         trained = trained_parameters(training.student).values()

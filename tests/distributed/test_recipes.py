@@ -10,8 +10,9 @@ import ranks
 import tiny_runs
 import torch
 from safetensors.torch import load_file
+from steps import offload_without_a_gpu
 
-from kdtune import distributed
+from kdtune import distributed, preflight
 from kdtune.cli.main import main
 from kdtune.distributed import Ranks
 
@@ -32,6 +33,7 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
             "lora.modules_to_save=[input_layernorm,k_proj]",
         ],
     ),
+    "offloaded": (tiny_runs.distil, [*TWO_AT_A_TIME, "parallel.offload=true"], []),
     "tensor_parallel": (
         tiny_runs.distil,
         ["parallel.tensor=2"],
@@ -47,6 +49,8 @@ HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointin
 
 
 def work(tiny: Path, folder: Path) -> None:
+    offload_without_a_gpu()
+    preflight.check_offloading = lambda *_: None  # which would say that on the CPU all is there
     for name, (recipe, of_two, of_both) in RUNS.items():
         ranks.meet_at_another_port(folder / f"port_of_{name}")
         settings = [*HALVES, *(setting.format(folder) for setting in of_both), *of_two, *tiny_runs.validated_on(tiny)]
@@ -133,6 +137,8 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
         (["parallel.pipeline=2"], "the student has 1. Take fewer stages"),
         (["parallel.context=2", "teacher.quantization=int8"], "Leave it out, or parallel.context"),
         (["teacher.quantization=int8"], "whole teacher: teacher_parallel.data_replicate=2"),
+        (["parallel.offload=true"], "memory, and on the CPU it is there"),
+        (["teacher_parallel.offload=true"], "teacher_parallel.offload=true keeps"),
     ],
 )
 def test_refusals(

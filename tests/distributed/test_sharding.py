@@ -16,7 +16,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from steps import LENGTHS, Traffic, Training, check_same, resume, train, write
+from steps import LENGTHS, Traffic, Training, check_same, contents, resume, train, write
 
 from kdtune import checkpoint, distributed, metrics
 from kdtune.checkpoint import weights
@@ -25,10 +25,14 @@ from kdtune.distributed import ParallelConfig, Ranks
 from kdtune.models import LoraConfig, QATConfig, from_hf_config, parameter_shapes, trained_shapes
 
 LAYOUTS = {  # by number of processes
-    2: {"sharded": ParallelConfig(), "kept": ParallelConfig(reshard_after_forward=False)},
+    2: {
+        "sharded": ParallelConfig(),
+        "kept": ParallelConfig(reshard_after_forward=False),
+        "offloaded": ParallelConfig(offload=True),
+    },
     4: {"sharded": ParallelConfig(), "hybrid": ParallelConfig(data_replicate=2)},
 }
-STARTS = ["alone_1", *(f"{name}_2" for name in LAYOUTS[2])]  # from whose checkpoints all go on
+STARTS = ["alone_1", "sharded_2", "kept_2"]  # from whose checkpoints all go on
 FEW = (5, 17)  # rows of a step, of which a process may have none
 EMBEDDING_TOO = {"use_rslora": True, "target_modules": ["all-linear", "embed_tokens"]}
 WHOLE_TOO = {"use_dora": True, "modules_to_save": ["embed_tokens", "v_proj", "input_layernorm"]}
@@ -40,6 +44,7 @@ WAYS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {  # what else is 
     # Of two rows a sum is the same in any order, and the norm, which differs in its last bit, clips nothing: what is
     # beside the border of an integer would be on its other side.
     "rounded": (2, ParallelConfig(), {"qat": QATConfig(), "optimizer_in_bwd": True, "dtype": torch.float32}),
+    "away": (2, ParallelConfig(offload=True), {"lora": LoraConfig(rank=3, **WHOLE_TOO), "optimizer_in_bwd": True}),
     "dora": (4, ParallelConfig(data_replicate=2), {"lora": LoraConfig(rank=3, save_merged=True, **WHOLE_TOO)}),
 }
 
@@ -193,6 +198,15 @@ RUNS = [f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layout
 def test_steps_are_those_of_one_process(run: str, found: tuple[dict[str, Any], Path]) -> None:
     numbers, folder = found
     check_same(numbers, folder, run, "alone_1")
+
+
+def test_where_parts_lie_changes_no_bit(found: tuple[dict[str, Any], Path]) -> None:
+    """What FSDP does of `parallel.offload` without a GPU; tests/gpu has the rest, and a plan says what lies where."""
+    numbers, folder = found
+    assert numbers["offloaded_2"] == numbers["sharded_2"]
+    assert numbers["traffic offloaded_2"] == numbers["traffic sharded_2"]
+    for name in ("model", "kept"):
+        assert contents(folder / "offloaded_2" / name) == contents(folder / "sharded_2" / name)
 
 
 @pytest.mark.parametrize("size", [1, *LAYOUTS])

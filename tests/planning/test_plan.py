@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import real_steps
+import torch
 from real_steps import FINETUNE, KD, STUDENT, TEACHER
 
 from kdtune import checkpoint, devices, planning
@@ -184,6 +186,13 @@ def test_in_words(teacher: Path, tmp_path: Path, planned: None, monkeypatch: pyt
     monkeypatch.setattr(devices, "memory", lambda device: 2**20)
     warned = planning.describe(cfg, recipe.build, recipe.forward_backward, ALONE)
     assert warned.startswith(f"{text}\nWARNING: cpu has 1 MiB")
+
+    monkeypatch.setattr(devices, "for_plan", lambda device: torch.device("meta"))
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 2**20)
+    offloading = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, offload=True))
+    warned = planning.describe(offloading, recipe.build, recipe.forward_backward, ALONE)
+    assert re.search(r"\nWARNING: that is \d+ MiB of this machine's own memory, and 1 MiB are free\.$", warned)
+    monkeypatch.undo()
 
     def with_a_loop_over_data(*_: Any) -> None:
         raise RuntimeError("no data")

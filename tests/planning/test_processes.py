@@ -134,6 +134,50 @@ def test_parts_of_a_shared_model(device: str, tmp_path: Path) -> None:
     assert plan.sent[weights] - kept.sent[weights] == pytest.approx(3 / 4 * 3 * layers, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=2", "parallel.context=2", "dtype=fp32"],
+        ["parallel.pipeline=2", "gradient_accumulation_steps=3"],
+        ["optimizer_in_bwd=true", "clip_grad_norm=null", "qat.weights=int8"],
+        ["lora.rank=4", "lora.use_dora=true", "checkpointer.random_weights=false"],
+    ],
+)
+def test_parts_in_host_memory(overrides: list[str], tmp_path: Path) -> None:
+    """A step still finds all that it computes with on the GPU: tensors without data refuse to meet from two devices."""
+    there, away = (
+        planned(tmp_path, "device=cuda", "dtype=bf16", f"parallel.offload={offload}", *overrides, per_node=4)
+        for offload in ("false", "true")
+    )
+    parts = ("student weights", "teacher weights", "adapters", "optimizer")
+    moved = {part: there.device.parts[part] for part in parts if part in there.device.parts}
+    assert {"student weights", "teacher weights", "optimizer"} <= moved.keys()
+    stayed = {part: away.device.parts.get(part, 0) for part in moved}
+    assert {part: away.host.parts[part] + stayed[part] for part in moved} == moved
+    assert all(stayed[part] < moved[part] / 10 for part in moved), "nothing but the lengths that DoRA compares with"
+    assert away.host.parts["gradients"] > 0
+    assert away.device.total < there.device.total
+    assert (away.flops, away.sent) == (there.flops, there.sent)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "per_node", "message"),
+    [
+        ([], 1, "one process has no part.* Take teacher.offload=true and optimizer.offload=true, or start"),
+        (["parallel.data_shard=1", "parallel.tensor=4"], 4, "once for each of them. Take parallel.data_shard"),
+        (["optimizer.offload=true"], 4, "optimizer.offload does not go with parallel.offload=true"),
+        (
+            ["lora.base_quantization=int8", "teacher_parallel.offload=false"],
+            4,
+            "lora.base_quantization does not go with parallel.offload=true",
+        ),
+    ],
+)
+def test_refusals_of_offloading(overrides: list[str], per_node: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, "device=cuda", "parallel.offload=true", *overrides, per_node=per_node)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_work_of_a_split_model(device: str, tmp_path: Path) -> None:
     whole = planned(tmp_path, f"device={device}", "dtype=bf16", per_node=1)
