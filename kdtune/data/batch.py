@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Batch:
         positions: [b, s] int64, from 0 in each document.
         documents: where those of packed rows begin and end, in whole rows. None: each row is one document.
         scored: [t] int64, which of the b * s positions have a label. None on the host, where it is found out.
-        sliced_keys: of a slice of rows, what `keys` cannot find out from a part of them. None: these are whole rows.
+        sliced_keys: of a slice of rows, finds what `keys` cannot find in a part of them. None: these are whole rows.
     """
 
     tokens: Tensor
@@ -48,7 +48,7 @@ class Batch:
     positions: Tensor
     documents: Documents | None = None
     scored: Tensor | None = None
-    sliced_keys: Keys | None = None
+    sliced_keys: Callable[[], Keys] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; no one waits for the copies, nor later to learn which positions are scored."""
@@ -66,7 +66,7 @@ class Batch:
     def keys(self) -> Keys:
         """Of the scored positions, in their order. Ask before `to`."""
         if self.sliced_keys is not None:
-            return self.sliced_keys
+            return self.sliced_keys()
         b, s = self.tokens.shape
         lengths = [[s]] * b if self.documents is None else self.documents.rows
         tokens, is_label, places = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, np.int64)]
@@ -114,7 +114,6 @@ class Share:
             rows = replace(rows, labels=torch.full_like(rows.labels, IGNORE))
         if self.num_slices == 1:
             return rows
-        keys, is_scored = rows.keys(), rows.labels != IGNORE
         length = -(-rows.tokens.size(1) // self.num_slices)
         excess = length * self.num_slices - rows.tokens.size(1)
         tokens, labels = F.pad(rows.tokens, (0, excess)), F.pad(rows.labels, (0, excess), value=IGNORE)
@@ -125,9 +124,13 @@ class Share:
             documents = Documents.in_rows(documents.rows, tokens.size(1))
             positions = documents.positions()
         here = slice(self.slice * length, (self.slice + 1) * length)
-        is_here = torch.zeros_like(is_scored)
-        is_here[:, here] = True
-        keys = Keys(*(part[is_here[is_scored].numpy()] for part in keys))
+
+        def keys() -> Keys:
+            is_here = torch.zeros_like(rows.labels, dtype=torch.bool)
+            is_here[:, here] = True
+            mine, all_keys = is_here[rows.labels != IGNORE].numpy(), rows.keys()
+            return Keys(all_keys.examples[mine], all_keys.places[mine])
+
         return Batch(tokens[:, here], labels[:, here], positions[:, here], documents, sliced_keys=keys)
 
 
