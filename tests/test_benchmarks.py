@@ -75,6 +75,11 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ("optimizers.py", "torch fp32 8bit_stochastic", "--vocabulary 512 --hidden 16 --layers 1"),
         ("saving.py", "at_once in_background", "--vocabulary 50 --hidden 24 --layers 1"),
         ("quantization.py", "full int4 fp8_dynamic", "--tokens 12 --hidden 128 --layers 1 --rows 2"),
+        (
+            "teacher_cache.py",
+            "kdtune-8 kdtune-samples kdtune-hidden distillkit-16 megatron nemo-aligner",
+            "--sources 97 quickstart --tokens 5 --examples 2",
+        ),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
         (
             "adapters.py",
