@@ -317,10 +317,11 @@ class _Sweep:
         size = min(self.chunk_size, len(self.scored))
         student_buffer = weights.new_empty(size, self.student.vocab_size)
         teacher_buffer = weights.new_empty(size, self.teacher_vocab_size)  # free again once a chunk is scored
+        sparse = rows.outcomes(self.sparse, settings) if self.sparse else ()
         parts = self.of_teacher.split(self.chunk_size)
         for positions, of_teacher in zip(chunks(self.scored, self.chunk_size), parts, strict=False):
             logits = self.student.logits(positions, student_buffer)  # [n, v]
-            teacher_chunk = tuple(x[of_teacher] for x in self.sparse)
+            teacher_chunk = tuple(x[of_teacher] for x in sparse)
             if self.teacher is not None:
                 teacher_chunk = (self.teacher.logits(of_teacher, teacher_buffer),)  # [n, v_t]
             chunk = (logits, self.labels[positions], *teacher_chunk)

@@ -113,6 +113,32 @@ class _Term:
     unsettled_q: Tensor | None = None
 
 
+def outcomes(teacher: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, ...]:
+    """What `measure` and `score` take of sparse targets, from what their `flat` makes.
+
+    Of all positions at once: a GPU takes longer to start operations on few numbers than to carry them out.
+
+    Returns:
+        ids [t, k] that can be looked up, any for what is no token; which are none, [t, k]; log p of the outcomes that
+        are compared, [t, k] or [t, k + 1], or the weights of draws, [t, k], and entropies, [t, 1]; what metrics need.
+    """
+    ids, numbers, of_position, *metrics = teacher
+    is_none = (ids < 0) | (ids >= settings.shared_size)
+    ids = ids.masked_fill(is_none, 0).long()
+    if settings.convention == "sampled":
+        return ids, is_none, numbers.masked_fill(is_none, 0), of_position, *metrics
+    log_p = numbers.masked_fill(is_none, _LOG_ZERO)
+    if settings.convention == "renormalised":
+        log_p = (log_p / settings.teacher_temperature).log_softmax(-1)
+    elif settings.convention == "student_full":
+        log_p = log_p.log_softmax(-1).masked_fill(is_none, _LOG_ZERO)
+    elif settings.convention == "bucket":
+        # Of an empty rest, 1 - sum p is rounding.
+        is_all = (~is_none).sum(-1, keepdim=True) == settings.shared_size
+        log_p = torch.cat([log_p, of_position.masked_fill(is_all, _LOG_ZERO)], -1)
+    return ids, is_none, log_p.clamp(min=_LOG_ZERO), *metrics
+
+
 def measure(
     logits: Tensor, teacher: tuple[Tensor, ...], labels: Tensor, teacher_share: Tensor, settings: Settings
 ) -> dict[str, Tensor]:
@@ -146,12 +172,12 @@ def measure(
             found["label"] = part.gather(teacher_logits, labels.clamp(max=settings.shared_size - 1), absent=-torch.inf)
     else:
         logits = logits[:, : part.held(settings.shared_size)]
-        ids, is_token = _tokens(teacher[0], settings)
+        ids, is_none, *_ = teacher
         found["tokens"] = part.gather(logits, ids, absent=-torch.inf)
         if settings.with_metrics:
             found["shared_student"] = extent(logits)
         if settings.convention == "bucket":
-            found["others"] = extent(part.leave_out_(logits.clone(), ids, is_token))
+            found["others"] = extent(part.leave_out_(logits.clone(), ids, is_none))
     if settings.has_own_softmax and settings.convention != "bucket":
         found["q"] = extent(logits)
     return found
@@ -170,7 +196,7 @@ def score(
 
     Args:
         logits: [r, v], the student's, before the activation; overwritten.
-        teacher: (logits [r, v_t],), overwritten; or what `flat` of the sparse targets makes; or ().
+        teacher: (logits [r, v_t],), overwritten; or what `outcomes` makes of sparse targets; or ().
         labels: [r, 1].
         weights: [2], of the cross-entropy and of the divergence.
         teacher_share: [], of the teacher in the target, if `settings.mixes_student`.
@@ -283,21 +309,21 @@ def _sparse_divergence(
     settings: Settings,
     entries: Whole | Part,
 ) -> _Term:
-    """Of the teacher's tokens. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further.
+    """Of sparse targets. The outcomes that are compared are few, [r, k] or [r, k + 1]; q reaches further.
 
     The first entries of `log_q`, those that both vocabularies have, are overwritten.
     """
-    ids, is_token = _tokens(teacher[0], settings)
+    ids, is_none, *_ = teacher
     log_q = log_q[:, : entries.held(settings.shared_size)]
     # As of a token that neither side ever says, which adds 0 to whatever is computed.
-    top_log_q = entries.look_up(log_q, ids, "tokens", "student").masked_fill(~is_token, _LOG_ZERO)  # [r, k]
+    top_log_q = entries.look_up(log_q, ids, "tokens", "student").masked_fill(is_none, _LOG_ZERO)  # [r, k]
     log_shared = None  # of the student's probability of entries that both have, [r, 1]; None: it has no others
     if settings.convention == "renormalised":
         top_log_q = (top_log_q / settings.temperature).log_softmax(-1)
     elif settings.convention == "bucket":
         # Not 1 - sum q: of a small rest nothing would be left but rounding. The entries are left out in place, and not
         # looked at again: the gradient of those that remain is their share in the rest times one number a row.
-        entries.leave_out_(log_q, ids, is_token)
+        entries.leave_out_(log_q, ids, is_none)
         share, largest, total = entries.exponentials_(log_q, "others", "student")  # [r, s], [r, 1], [r, 1]
         top_log_q = torch.cat([top_log_q, (total.log() + largest).clamp_(min=_LOG_ZERO)], -1)
         if settings.has_own_softmax:
@@ -310,8 +336,7 @@ def _sparse_divergence(
     top_log_q = top_log_q.clamp(min=_LOG_ZERO)
 
     # Every rank has these outcomes, so that their sums are not shares.
-    values, slopes = _outcomes(teacher, is_token, top_log_q, settings)
-    value, slopes, pull = _weighted(values, slopes, kd_weight, settings)
+    value, slopes, pull = _weighted(*_compare(teacher, top_log_q, settings), kd_weight, settings)
     value = entries.once(value)
     if not settings.with_grad:
         return _Term(value)
@@ -328,34 +353,16 @@ def _sparse_divergence(
     return _Term(value, sparse=(ids, slopes), scaled=(q, weight))
 
 
-def _tokens(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Ids that can be looked up, any for what is no token, and which are tokens; [r, k] both."""
-    is_token = (ids >= 0) & (ids < settings.shared_size)
-    return torch.where(is_token, ids, 0).long(), is_token
-
-
-def _outcomes(
-    teacher: tuple[Tensor, ...], is_token: Tensor, log_q: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """The divergence of the teacher's tokens, [r], and its slopes, [r, n], from log q of the outcomes, [r, n]."""
+def _compare(teacher: tuple[Tensor, ...], log_q: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The divergence of the outcomes, [r], and its slopes, [r, n], from the student's log q of them, [r, n]."""
+    numbers = teacher[2]
     if settings.convention == "sampled":
-        weights, entropy = teacher[1] * is_token, teacher[2]
-        return -entropy[:, 0] - (weights * log_q).sum(-1), -weights
-    log_p = teacher[1].masked_fill(~is_token, _LOG_ZERO)
-    if settings.convention == "renormalised":
-        log_p = (log_p / settings.teacher_temperature).log_softmax(-1)
-    if settings.convention == "student_full":
-        log_p = log_p.log_softmax(-1).masked_fill(~is_token, _LOG_ZERO)
-    if settings.convention == "bucket":
-        # Of an empty rest, 1 - sum p is rounding.
-        is_all = is_token.sum(-1, keepdim=True) == settings.shared_size
-        log_p = torch.cat([log_p, teacher[2].masked_fill(is_all, _LOG_ZERO)], -1)
-    log_p = log_p.clamp(min=_LOG_ZERO)
+        return -teacher[3][:, 0] - (numbers * log_q).sum(-1), -numbers
     if settings.convention in ("partial", "student_full"):
         # q does not add up to 1 here: its multiples would not cancel, so the slope has to be the forward KL's own.
-        p = log_p.exp()
-        return (p * (log_p - log_q)).sum(-1), -p
-    return settings.divergence(log_p, log_q)
+        p = numbers.exp()
+        return (p * (numbers - log_q)).sum(-1), -p
+    return settings.divergence(numbers, log_q)
 
 
 def _weighted(values: Tensor, slopes: Tensor, kd_weight: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -400,7 +407,7 @@ def _sparse_metrics(
     logits: Tensor, log_q: Tensor, teacher: tuple[Tensor, ...], settings: Settings, entries: Whole | Part
 ) -> list[Tensor]:
     """The same, where the targets say what the teacher's are."""
-    entropy, ce, top_ids = teacher[3:]
+    entropy, ce, top_ids = teacher[-3:]
     agree = entries.is_largest(logits[:, : entries.held(settings.shared_size)], top_ids[:, 0], "shared_student")
     student_entropy = torch.special.entr(log_q.exp()).sum()
     return [student_entropy, *(entries.once(x.sum()) for x in (ce, entropy)), agree.sum().to(log_q.dtype)]

@@ -100,10 +100,10 @@ class Whole:
         """The distribution's logarithms at these tokens, [r, k], wherever they are."""
         return log_p.gather(-1, ids)
 
-    def leave_out_(self, x: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Write -inf over those of these tokens that are wanted."""
-        # Added, since the others' ids may be those of tokens that stay.
-        return x.scatter_add_(-1, ids, torch.where(wanted, -torch.inf, x.new_zeros(())))
+    def leave_out_(self, x: Tensor, ids: Tensor, is_none: Tensor) -> Tensor:
+        """Write -inf over these tokens, but for those that are none."""
+        # Added, since the ids of those may be of tokens that stay.
+        return x.scatter_add_(-1, ids, torch.where(is_none, 0.0, -torch.inf).to(x.dtype))
 
     def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
         """exp(log p - largest) in the place of the logarithms, that largest one, and the sum, [r, 1] each.
@@ -171,8 +171,8 @@ class Part:
     def look_up(self, log_p: Tensor, ids: Tensor, name: str, of: str) -> Tensor:
         return self.log_softmax(self.found[name].amax(0), of)  # absent ones are -inf
 
-    def leave_out_(self, x: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
-        self.scatter_add_(x, ids, torch.where(wanted, -torch.inf, x.new_zeros(())))
+    def leave_out_(self, x: Tensor, ids: Tensor, is_none: Tensor) -> Tensor:
+        self.scatter_add_(x, ids, torch.where(is_none, 0.0, -torch.inf).to(x.dtype))
         return x
 
     def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
