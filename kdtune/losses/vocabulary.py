@@ -103,7 +103,7 @@ class Whole:
     def leave_out_(self, x: Tensor, ids: Tensor, is_none: Tensor) -> Tensor:
         """Write -inf over these tokens, but for those that are none."""
         # Added, since the ids of those may be of tokens that stay.
-        return x.scatter_add_(-1, ids, torch.where(is_none, 0.0, -torch.inf).to(x.dtype))
+        return x.scatter_add_(-1, ids, x.new_full(ids.shape, -torch.inf).masked_fill_(is_none, 0))
 
     def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
         """exp(log p - largest) in the place of the logarithms, that largest one, and the sum, [r, 1] each.
@@ -172,7 +172,7 @@ class Part:
         return self.log_softmax(self.found[name].amax(0), of)  # absent ones are -inf
 
     def leave_out_(self, x: Tensor, ids: Tensor, is_none: Tensor) -> Tensor:
-        self.scatter_add_(x, ids, torch.where(is_none, 0.0, -torch.inf).to(x.dtype))
+        self.scatter_add_(x, ids, x.new_full(ids.shape, -torch.inf).masked_fill_(is_none, 0))
         return x
 
     def exponentials_(self, log_p: Tensor, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,11 +3,13 @@
 pytest -m gpu tests/gpu
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from kdtune.losses import Targets, distillation_loss
+from kdtune.losses import IGNORE, SampledTargets, Targets, TopKTargets, distillation_loss
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -64,6 +66,41 @@ def test_gradients_are_those_of_float64(dtype, bound, compile):
     torch.testing.assert_close(loss.total.double(), exact.total, rtol=1e-4, atol=0)
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
         assert (grad.double() - exact_grad).norm() / exact_grad.norm() < bound
+
+
+def known(problem, kind):
+    """Of the labelled positions alone, as a cache has it."""
+    _, _, teacher_hidden, teacher_head, labels = problem
+    hidden = teacher_hidden[labels != IGNORE]
+    if kind == "hidden":
+        return Targets(hidden, teacher_head)
+    log_p = teacher_head(hidden).detach().float().log_softmax(-1)
+    log_probs, ids = log_p.topk(20)
+    ids[::3, 12:] = -1
+    if kind == "samples":
+        return SampledTargets(ids.int(), log_probs.exp(), torch.special.entr(log_p.exp()).sum(-1))
+    return TopKTargets(ids.int(), log_probs, convention=kind)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "bucket", "renormalised", "partial", "student_full", "samples"])
+def test_targets_from_a_cache(kind):
+    """As on the CPU, and without waiting for the device, but once to find the labelled positions if nobody tells."""
+    problem = make_problem(torch.float32)
+    hidden, head, _, _, labels = problem
+    targets, settings = known(problem, kind), {"ce_weight": 0.3, "kd_weight": 0.7, "chunk_size": 64}
+    scored = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    on_cpu = [hidden.detach().cpu().requires_grad_(), copy.deepcopy(head).cpu(), labels.cpu(), 200]
+    parts = (x.cpu() if isinstance(x, (torch.Tensor, nn.Module)) else x for x in copy.deepcopy(vars(targets)).values())
+    expected = distillation_loss(*on_cpu, type(targets)(*parts), **settings)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = distillation_loss(hidden, head, labels, 200, targets, scored=scored, **settings)
+        grads = torch.autograd.grad(loss.total, (hidden, head.weight))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.total.cpu(), expected.total, rtol=1e-4, atol=0)
+    for grad, exact in zip(grads, torch.autograd.grad(expected.total, (on_cpu[0], on_cpu[1].weight)), strict=True):
+        assert (grad.cpu() - exact).norm() / exact.norm() < 1e-4
 
 
 def test_memory_does_not_grow_with_the_tokens():
