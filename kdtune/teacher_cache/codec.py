@@ -19,9 +19,8 @@ from kdtune.teacher_cache.config import Bits, HiddenDtype, StoreConfig
 
 MAX_NATS = 25.0  # what is further from 0 is stored as this: a probability of 1.4e-11
 _ABOVE_ONE = 1e-3  # nats by which the rounding of a teacher may lift a probability above 1
-# Of the planes of random ids and codes the second makes least, of those of zeros the third, and of a small vocabulary's
-# ids, which repeat from token to token, the first; they are tried in turn.
-_STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
+_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)  # one or the other makes least of nearly every plane
+_END = b"\x03\x00"  # an empty last block
 HIDDEN_TYPES: dict[HiddenDtype, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "fp32": np.dtype("<f4")}
 
 
@@ -53,7 +52,8 @@ class Codec:
             raise ValueError(f"These are answers of kind {kind}; the cache keeps {self.store.kind}.")
         if isinstance(answers, Hidden):
             return self._encode_hidden(answers)
-        return _deflate(self._top_k_planes(answers) if isinstance(answers, TopK) else self._sample_planes(answers))
+        columns = self._top_k_columns(answers) if isinstance(answers, TopK) else self._sample_columns(answers)
+        return b"".join(columns) + _END
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> Answers:
         """What `encode` was given, in `store.bits`.
@@ -80,45 +80,47 @@ class Codec:
             )
         return np.ascontiguousarray(answers.hidden).tobytes()
 
-    def _top_k_planes(self, answers: TopK) -> Iterator[bytes]:
-        order, planes = self._ids(answers.ids, answers.log_probs.argmax(1))
-        yield from planes
+    def _top_k_columns(self, answers: TopK) -> Iterator[bytes]:
+        bits = self.store.bits
+        order, columns = self._ids(answers.ids, answers.log_probs.argmax(1))
+        yield from columns
         filled = np.take_along_axis(answers.ids, order, 1) >= 0
-        codes = quantize(np.where(filled, -np.take_along_axis(answers.log_probs, order, 1), 0), self.store.bits)
-        if self.store.bits != 32:
+        codes = quantize(np.where(filled, -np.take_along_axis(answers.log_probs, order, 1), 0), bits)
+        rest = [quantize(nats, bits) for nats in (-answers.log_rest, answers.entropy, -answers.label_log_probs)]
+        if bits != 32:
             # The unlikeliest are many and much alike: as steps from the last they are small numbers.
             last = codes.max(1, initial=0)
             codes = last[:, None] - codes
-        yield from _split(codes[filled])
-        if self.store.bits != 32:
-            yield from _split(last)
-        rest = np.concatenate([-answers.log_rest, answers.entropy, -answers.label_log_probs])
-        yield from _split(quantize(rest, self.store.bits))
+            rest.insert(0, last)
+        yield _deflate(codes[filled], bits // 8)
+        yield _deflate(np.concatenate(rest), bits // 8)
 
-    def _sample_planes(self, answers: Samples) -> Iterator[bytes]:
+    def _sample_columns(self, answers: Samples) -> Iterator[bytes]:
         if answers.num_samples != self.store.num_samples or (answers.counts.sum(1) != answers.num_samples).any():
             raise ValueError(f"The draws of a token are not {self.store.num_samples}, which the cache keeps.")
+        if (answers.log_ratios is not None) != (self.store.sampling_power != 1):
+            raise ValueError(f"Draws from p^{self.store.sampling_power} have log_ratios if that is not p itself.")
         is_top = answers.ids == answers.top_ids[:, None]
         if not is_top.any(1).all():
             raise ValueError("The likeliest token must be among the sampled ids, with count 0 if it was not drawn.")
-        order, planes = self._ids(answers.ids, is_top.argmax(1))
-        yield from planes
+        order, columns = self._ids(answers.ids, is_top.argmax(1))
+        yield from columns
         filled = np.take_along_axis(answers.ids, order, 1) >= 0
         counts = np.take_along_axis(answers.counts, order, 1)[filled]
-        yield from _split(counts, bytes_for(self.store.num_samples))
-        if (answers.log_ratios is not None) != (self.store.sampling_power != 1):
-            raise ValueError(f"Draws from p^{self.store.sampling_power} have log_ratios if that is not p itself.")
+        yield _deflate(counts, bytes_for(self.store.num_samples))
         if answers.log_ratios is not None:
-            yield from _split(np.take_along_axis(answers.log_ratios, order, 1)[filled].astype("<f2"))
-        yield from _split(quantize(np.concatenate([answers.entropy, -answers.label_log_probs]), self.store.bits))
+            ratios = np.take_along_axis(answers.log_ratios, order, 1)[filled]
+            yield _deflate(ratios.astype("<f2").view("<u2"), 2)
+        rest = [quantize(nats, self.store.bits) for nats in (answers.entropy, -answers.label_log_probs)]
+        yield _deflate(np.concatenate(rest), self.store.bits // 8)
 
-    def _ids(self, ids: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, Iterator[bytes]]:
-        """The order in which a row's entries are stored, and planes of how many they are and of the ids."""
+    def _ids(self, ids: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+        """The order in which a row's entries are stored, and the columns of how many they are and of their ids."""
         if ids.shape[1] > self._most:
             raise ValueError(f"A token has {ids.shape[1]:,} ids; this cache keeps at most {self._most:,}.")
         key = np.where(ids < 0, self.vocab_size, ids)
         np.put_along_axis(key, top[:, None], -1, 1)
-        order = key.argsort(1, kind="stable")
+        order = key.argsort(1)
         ids = np.take_along_axis(ids, order, 1).astype(np.int32)
         filled = ids >= 0
         steps = ids.copy()
@@ -129,8 +131,11 @@ class Codec:
                 f"The teacher's ids are not one or more different ones of its {self.vocab_size:,} for each token."
             )
         sizes = filled.sum(1)
-        planes = (*_split(sizes, bytes_for(self._most)), *_split(steps[filled], self._id_bytes))
-        return order, iter(planes)
+        columns = [
+            _deflate(sizes, bytes_for(self._most)),
+            _deflate(steps[filled], self._id_bytes, has_matches=True),
+        ]
+        return order, columns
 
     def _read_ids(self, planes: _Planes, rows: _Rows) -> np.ndarray:
         """[t, k]."""
@@ -144,12 +149,12 @@ class Codec:
     def _read_top_k(self, planes: _Planes, rows: _Rows) -> TopK:
         ids, bits = self._read_ids(planes, rows), self.store.bits
         codes = rows.spread(planes.take(rows.num_entries, bits // 8), 0)
+        num_rest = 3 if bits == 32 else 4
+        rest = planes.take(num_rest * len(rows), bits // 8).reshape(num_rest, len(rows))
         if bits != 32:
-            codes = planes.take(len(rows), bits // 8)[:, None] - codes
+            codes = rest[0, :, None] - codes
         log_probs = rows.clear(-dequantize(codes, bits), -np.inf)
-        log_rest, entropy, label_log_probs = dequantize(planes.take(3 * len(rows), bits // 8), bits).reshape(
-            3, len(rows)
-        )
+        log_rest, entropy, label_log_probs = dequantize(rest[-3:], bits)
         log_rest = -log_rest
         log_rest[rows.sizes == self.vocab_size] = -np.inf  # there is no other token
         if bits != 32:
@@ -240,7 +245,7 @@ def quantize(nats: np.ndarray, bits: Bits) -> np.ndarray:
 def dequantize(codes: np.ndarray, bits: Bits) -> np.ndarray:
     """float32 numbers of codes."""
     if bits == 32:
-        return codes.astype(np.uint32).view(np.float32)
+        return codes.astype("<u4").view("<f4")
     return _TABLES[bits][codes]
 
 
@@ -251,22 +256,24 @@ def bytes_for(largest: int) -> int:
     return max(1, (largest.bit_length() + 7) // 8)
 
 
-def _split(values: np.ndarray, num_bytes: int | None = None) -> list[bytes]:
-    """The planes of numbers, the lowest bytes first."""
-    if num_bytes is None:
-        num_bytes = values.itemsize
-    else:
-        values = values.astype("<u4")
-    parts = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.itemsize)
-    return [parts[:, i].tobytes() for i in range(num_bytes)]
+def _deflate(values: np.ndarray, num_bytes: int, has_matches: bool = False) -> bytes:
+    """A column's planes, the lowest bytes first, as parts of a raw deflate stream.
 
+    Each plane has blocks of its own, which end on a byte, with the strategy that makes least of it.
 
-def _deflate(planes: Iterator[bytes]) -> bytes:
-    """One raw deflate stream of the planes. Each ends on a byte, so that each has its own strategy."""
-    return b"".join(min((_compress(plane, strategy) for strategy in _STRATEGIES), key=len) for plane in planes) + _END
-
-
-_END = b"\x03\x00"  # an empty last block
+    Args:
+        values: [n].
+        num_bytes: of a value.
+        has_matches: of ids, which may repeat from token to token. Only the lowest plane is searched for that: in the
+            others runs are all there is, and to look for more there takes half of the time.
+    """
+    parts = values.astype("<u4").view(np.uint8).reshape(-1, 4)
+    best = []
+    for i in range(num_bytes):
+        strategies = (zlib.Z_DEFAULT_STRATEGY, *_STRATEGIES) if has_matches and i == 0 else _STRATEGIES
+        plane = parts[:, i].tobytes()
+        best.append(min((_compress(plane, strategy) for strategy in strategies), key=len))
+    return b"".join(best)
 
 
 def _compress(plane: bytes, strategy: int) -> bytes:

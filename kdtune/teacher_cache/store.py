@@ -16,6 +16,7 @@ import zlib
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -49,7 +50,8 @@ class Writer:
     """Adds answers to a cache, which is made if it is not there.
 
     Several may write to one folder at one time: ranks, or jobs. What was added last is on disk after `close`, before
-    it what shards hold: one is closed when it has `shard_bytes` or is ten minutes old.
+    it what shards hold: one is closed when it has `shard_bytes` or is ten minutes old. `add` may be called by several
+    threads, which then compress at one time.
     """
 
     def __init__(self, folder: str | Path, card: Card, shard_bytes: int = 2**26):
@@ -70,6 +72,7 @@ class Writer:
         self._shard_bytes = shard_bytes
         self._codec = _codec(card)
         self._written: set[int] = set()
+        self._lock = Lock()
         self._clear()
         (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
         _sweep(self.folder)
@@ -90,25 +93,27 @@ class Writer:
         Raises:
             ValueError: they are not what a teacher can say, or not of the card's kind.
         """
-        if example_id in self._written:
-            return
         data = self._codec.encode(answers)
-        if not self._ids:
-            self._began = time.monotonic()
-        self._written.add(example_id)
-        self._ids.append(example_id)
-        self._num_tokens.append(len(answers))
-        self._data.append(data)
-        self._size += len(data)
-        self.num_examples += 1
-        self.num_tokens += len(answers)
-        self.num_bytes += len(data)
-        if self._size >= self._shard_bytes or time.monotonic() - self._began > _SHARD_SECONDS:
-            self._close_shard()
+        with self._lock:
+            if example_id in self._written:
+                return
+            if not self._ids:
+                self._began = time.monotonic()
+            self._written.add(example_id)
+            self._ids.append(example_id)
+            self._num_tokens.append(len(answers))
+            self._data.append(data)
+            self._size += len(data)
+            self.num_examples += 1
+            self.num_tokens += len(answers)
+            self.num_bytes += len(data)
+            if self._size >= self._shard_bytes or time.monotonic() - self._began > _SHARD_SECONDS:
+                self._close_shard()
 
     def close(self) -> None:
         """Write what is not on disk yet."""
-        self._close_shard()
+        with self._lock:
+            self._close_shard()
         self._write_card()
 
     def _clear(self) -> None:

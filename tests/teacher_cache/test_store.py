@@ -168,6 +168,14 @@ def test_what_was_answered_before_an_error_is_kept(tmp_path: Path) -> None:
     check(tmp_path, [1])
 
 
+def test_many_threads_write(tmp_path: Path) -> None:
+    ids = [*range(100), *range(50)]
+    with Writer(tmp_path, CARD, shard_bytes=500) as writer, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda example_id: writer.add(example_id, make_answers(example_id)), ids))
+    assert writer.num_examples == num_rows(tmp_path) == 100
+    check(tmp_path, range(100))
+
+
 def test_many_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_NUM_MAPPED", 2)
     write(tmp_path, range(40), shard_bytes=1)
