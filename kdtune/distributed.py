@@ -260,11 +260,16 @@ def check_layout(cfg: ParallelConfig, size: int, section: str = "parallel") -> t
     data_shard = cfg.data_shard or max(1, size // others)
     degrees = (cfg.pipeline, cfg.data_replicate, data_shard, cfg.context, cfg.tensor)
     if math.prod(degrees) != size:
-        named = [f"{section}.{name}={degree}" for name, degree in zip(DIMENSIONS, degrees, strict=True)]
+        is_given = cfg.data_shard is not None
+        named = [
+            f"{section}.{name}={degree}"
+            for name, degree in zip(DIMENSIONS, degrees, strict=True)
+            if degree > 1 or (name == "data_shard" and is_given)
+        ]
         raise ValueError(
             f"{' times '.join(named)} is {math.prod(degrees)}, and there {'is' if size == 1 else 'are'} {size} "
-            f"process{'es' * (size > 1)}: every process has one place. Start as many with kdtune run "
-            f"--nproc-per-node, or leave {section}.data_shard out, which takes what is left."
+            f"process{'es' * (size > 1)}: every process has one place. Start as many with kdtune run --nproc-per-node"
+            + (f", or leave {section}.data_shard out, which takes what is left." if is_given else ", or a multiple.")
         )
     return degrees
 

@@ -159,14 +159,14 @@ def check_offloading(cfg: ParallelConfig, ranks: Ranks, section: str, alone: Seq
     if not cfg.offload:
         return
     setting = f"{section}.offload=true keeps each process's part of a model in host memory"
+    if ranks.device.type == "cpu":
+        raise ValueError(f"{setting}, and on the CPU it is there. Leave it out.")
     if ranks.size == 1:
         instead = " and ".join(f"{one}=true" for one in alone)
         raise ValueError(
             f"{setting}, and one process has no part: it needs all of the model on the GPU. "
             + (f"Take {instead}, or start more processes." if alone else "Leave it out, or start more processes.")
         )
-    if ranks.device.type == "cpu":
-        raise ValueError(f"{setting}, and on the CPU it is there. Leave it out.")
     _, _, shard, context, _ = distributed.check_layout(cfg, ranks.size, section)
     if shard * context == 1:
         raise ValueError(

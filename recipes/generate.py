@@ -144,7 +144,7 @@ def check(cfg: Config) -> Inputs:
     different = [row.tokens for row in rows[:: cfg.num_samples]]
     preflight.check_prompts(different, cfg.max_new_tokens, setting, model, "model")
     print(preflight.describe(cfg.checkpointer.checkpoint_dir, model))
-    print(f"{len(rows)} continuations, {cfg.dtype} on {ranks.describe()}\n")
+    print(f"{len(rows)} continuation{'s' * (len(rows) > 1)}, {cfg.dtype} on {ranks.describe()}\n")
     return Inputs(ranks, tokenizer, rows)
 
 

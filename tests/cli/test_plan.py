@@ -224,7 +224,7 @@ def test_a_budget_of_several_processes(big: list[str], kdtune: Run) -> None:
     [
         (["--nproc-per-node=gpu"], [], "invalid number value: 'gpu'"),
         (["--nnodes=2"], [], "say how many processes there are on a machine"),
-        (["--nproc-per-node=4"], ["parallel.data_shard=3"], "parallel.data_shard=3 times"),
+        (["--nproc-per-node=4"], ["parallel.data_shard=3"], "parallel.data_shard=3 is 3, and there are 4"),
         ([], ["parallel.tensor=2"], "there is 1 process:"),
         (["--nproc-per-node=2"], ["parallel.tensor=2"], "the student has 1 key heads"),
         (["--nproc-per-node=2"], ["teacher.quantization=int8"], "weights of few bits are not cut"),

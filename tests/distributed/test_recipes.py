@@ -119,7 +119,8 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.data_replicate=3"], "parallel.data_replicate=3 times parallel.data_shard=1"),
+        (["parallel.data_replicate=3"], "parallel.data_replicate=3 is 3, and there are 2 processes"),
+        (["parallel.tensor=2", "parallel.data_shard=2"], "parallel.data_shard=2 times parallel.tensor=2 is 4"),
         (["teacher_parallel.data_shard=4"], "teacher_parallel.data_shard=4"),
         (["teacher_parallel.reshard_after_forward=false"], "for its backward, and this model has none"),
         (["lora.rank=2", "parallel.tensor=2"], "lora does not go with parallel.tensor=2"),
