@@ -18,7 +18,8 @@ class TopK:
     """The likeliest next tokens of each of t labelled tokens.
 
     A teacher's, `ids` and `log_probs` may come in any order; of equal ones the first counts as the likeliest. Read from
-    a cache, the likeliest is the first, the others follow by id, and the probabilities of a token add up to 1.
+    a cache, the likeliest is the first, the others are in no order of their probabilities, and those of a token and its
+    rest add up to 1.
 
     Attributes:
         ids: [t, k] int32, none twice in a row; -1, at the end, where a row has fewer.
@@ -52,7 +53,7 @@ class Samples:
 
     Attributes:
         ids: [t, n] int32, none twice in a row; -1, at the end, where a row has fewer. The likeliest token is always
-            among them, in a cache as the first, be it drawn or not.
+            among them, be it drawn or not.
         counts: [t, n] int32, how often it was drawn; 0 for a likeliest that was not, and where there is no id.
         log_ratios: [t, n] float32, log of p / proposal, from which it was drawn; 0 where it was not. None: it was drawn
             from p.

@@ -115,39 +115,35 @@ class Codec:
         yield _deflate(np.concatenate(rest), self.store.bits // 8)
 
     def _ids(self, ids: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        """The order in which a row's entries are stored, and the columns of how many they are and of their ids."""
+        """The order in which a row's entries are stored, and columns: how many, their ids, where the likeliest is."""
         if ids.shape[1] > self._most:
             raise ValueError(f"A token has {ids.shape[1]:,} ids; this cache keeps at most {self._most:,}.")
-        key = np.where(ids < 0, self.vocab_size, ids)
-        np.put_along_axis(key, top[:, None], -1, 1)
-        order = key.argsort(1)
+        order = np.where(ids < 0, self.vocab_size, ids).argsort(1)
         ids = np.take_along_axis(ids, order, 1).astype(np.int32)
         filled = ids >= 0
         steps = ids.copy()
-        steps[:, 2:] -= ids[:, 1:-1] + 1
-        is_double = (filled[:, 2:] & (steps[:, 2:] < 0)).any() or (ids[:, 1:] == ids[:, :1]).any()
-        if is_double or ids.max(initial=0) >= self.vocab_size or not filled[:, :1].all():
+        steps[:, 1:] -= ids[:, :-1] + 1
+        if (steps[filled] < 0).any() or ids.max(initial=0) >= self.vocab_size or not filled[:, :1].all():
             raise ValueError(
                 f"The teacher's ids are not one or more different ones of its {self.vocab_size:,} for each token."
             )
-        sizes = filled.sum(1)
         columns = [
-            _deflate(sizes, bytes_for(self._most)),
+            _deflate(filled.sum(1), bytes_for(self._most)),
             _deflate(steps[filled], self._id_bytes, has_matches=True),
+            _deflate((order == top[:, None]).argmax(1), bytes_for(self._most)),
         ]
         return order, columns
 
-    def _read_ids(self, planes: _Planes, rows: _Rows) -> np.ndarray:
-        """[t, k]."""
+    def _read_ids(self, planes: _Planes, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+        """[t, k], and where the likeliest is: [t, 1]."""
         ids = rows.spread(planes.take(rows.num_entries, self._id_bytes), 0)
-        rest = ids[:, 1:]
-        rest += 1
-        np.cumsum(rest, 1, out=rest)
-        rest -= 1
-        return rows.clear(ids, NONE)
+        ids += 1
+        np.cumsum(ids, 1, out=ids)
+        ids -= 1
+        return rows.clear(ids, NONE), planes.take(len(rows), bytes_for(self._most))[:, None]
 
     def _read_top_k(self, planes: _Planes, rows: _Rows) -> TopK:
-        ids, bits = self._read_ids(planes, rows), self.store.bits
+        (ids, top), bits = self._read_ids(planes, rows), self.store.bits
         codes = rows.spread(planes.take(rows.num_entries, bits // 8), 0)
         num_rest = 3 if bits == 32 else 4
         rest = planes.take(num_rest * len(rows), bits // 8).reshape(num_rest, len(rows))
@@ -161,17 +157,23 @@ class Codec:
             log_mass = np.log(np.exp(log_probs).sum(1) + np.exp(log_rest))
             log_probs -= log_mass[:, None]
             log_rest -= log_mass
+        # Of equal ones the first is the likeliest, and in few bits more are equal.
+        for values in (ids, log_probs):
+            first = values[:, :1].copy()
+            values[:, :1] = np.take_along_axis(values, top, 1)
+            np.put_along_axis(values, top, first, 1)
         return TopK(ids, log_probs, log_rest, entropy, -label_log_probs)
 
     def _read_samples(self, planes: _Planes, rows: _Rows) -> Samples:
-        ids, bits = self._read_ids(planes, rows), self.store.bits
+        (ids, top), bits = self._read_ids(planes, rows), self.store.bits
         counts = rows.spread(planes.take(rows.num_entries, bytes_for(self.store.num_samples)), 0)
         log_ratios = None
         if self.store.sampling_power != 1:
             ratios = planes.take(rows.num_entries, 2).astype("<u2").view("<f2")
             log_ratios = rows.spread(ratios.astype(np.float32), 0)
         entropy, label_log_probs = dequantize(planes.take(2 * len(rows), bits // 8), bits).reshape(2, len(rows))
-        return Samples(ids, counts, log_ratios, self.store.num_samples, entropy, -label_log_probs, ids[:, 0].copy())
+        top_ids = np.take_along_axis(ids, top, 1)[:, 0]
+        return Samples(ids, counts, log_ratios, self.store.num_samples, entropy, -label_log_probs, top_ids)
 
 
 class _Rows:

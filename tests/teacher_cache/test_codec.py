@@ -100,7 +100,6 @@ def check_top_k(found: TopK, answers: TopK, bits: Bits) -> None:
     assert found_ids.tolist() == ids.tolist()
     assert (found.top_ids == answers.top_ids).all()
     assert (found.ids[:, :1] == answers.top_ids[:, None]).all()
-    assert (np.diff(found.ids[:, 1:], axis=1)[found.ids[:, 2:] >= 0] > 0).all()
     names = ("entropy", "label_log_probs")
     if bits == 32:
         assert (found_log_probs == log_probs).all()
@@ -150,7 +149,6 @@ def test_samples(num_tokens: int, count: int, vocab_size: int, power: float) -> 
     answers = made_answers.samples(0, num_tokens, count, vocab_size, power)
     store = StoreConfig(kind="samples", num_samples=count, sampling_power=power, bits=16)
     found = round_trip(Codec(store, vocab_size), answers)
-    assert (found.ids[:, 0] == answers.top_ids).all()
     assert (found.top_ids == answers.top_ids).all()
     for row in range(num_tokens):
         assert as_dict(found, row).keys() == as_dict(answers, row).keys()
