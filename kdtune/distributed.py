@@ -76,6 +76,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def is_first_of_rows(self) -> bool:
+        """Whether this is the one of those that have the same rows to write what all of them know."""
+        return self.mesh is None or self.mesh.get_local_rank("tensor") == 0
+
+    @property
     def num_replicas(self) -> int:
         """How many groups hold a model each."""
         return 1 if self.mesh is None else self.mesh.size(DIMENSIONS.index("data_replicate"))

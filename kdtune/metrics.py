@@ -150,6 +150,12 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
     )
 
 
+def token_bar(total: int) -> tqdm:
+    """A bar over tokens: done, left, tokens/s, time left."""
+    interval = 0.1 if sys.stdout.isatty() else 30.0
+    return tqdm(total=total, mininterval=interval, dynamic_ncols=True, file=sys.stdout, unit=" tokens", unit_scale=True)
+
+
 def closing_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Student before and after distillation, and the teacher, on the validation rows."""
     keys = ("val_ce_loss", "val_kd_loss", "val_agreement")

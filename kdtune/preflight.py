@@ -70,7 +70,8 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     """
     teacher: Any = getattr(cfg, "teacher", None)
     teacher_parallel = getattr(cfg, "teacher_parallel", None) or cfg.parallel
-    distributed.check_layout(teacher_parallel, ranks.size, "teacher_parallel" if teacher else "parallel")
+    section = "teacher_parallel" if hasattr(cfg, "teacher_parallel") else "parallel"
+    distributed.check_layout(teacher_parallel, ranks.size, section)
     moving = [f"{one}.offload" for one in ("teacher", "optimizer") if hasattr(cfg, one)]
     check_offloading(cfg.parallel, ranks, "parallel", moving)
     if teacher_parallel is not cfg.parallel:
@@ -79,7 +80,7 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     if ranks.size == 1:
         return
     is_cut = teacher is not None and distributed.is_shared(teacher_parallel, ranks.size)
-    whole = f"Give each process a whole teacher: teacher_parallel.data_replicate={ranks.size} and data_shard=1"
+    whole = f"Give each process a whole teacher: {section}.data_replicate={ranks.size} and data_shard=1"
     for name in ("pipeline", "context", "tensor"):
         if getattr(cfg.parallel, name) > 1:  # which the teacher has to have too
             whole = f"Leave it out, or parallel.{name}"
@@ -115,12 +116,12 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
         ("optimizer_in_bwd", ("pipeline",), "a step has one micro-batch, and a pipeline is for several"),
     ):
         for name in names:
-            if getattr(cfg, setting) and (of_layers := getattr(cfg.parallel, name)) > 1:
+            if getattr(cfg, setting, None) and (of_layers := getattr(cfg.parallel, name)) > 1:
                 raise ValueError(
                     f"{setting} does not go with parallel.{name}={of_layers}: {why}. Take parallel.data_shard instead, "
                     "which gathers whole layers while they compute."
                 )
-    if teacher is not None and degree > 1 and cfg.kd_loss.name == "adaptive_kl":
+    if degree > 1 and hasattr(cfg, "kd_loss") and cfg.kd_loss.name == "adaptive_kl":
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
             "which each process has a part. Take another divergence, or parallel.data_shard instead."
@@ -256,21 +257,27 @@ def check_prompts(
         check_sequence_length(length, f"{setting}: prompt {number} with {max_new_tokens} new tokens", model, role)
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, role: str) -> None:
-    """Refuse a tokenizer that can produce ids for which `model` has no embedding.
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, role: str) -> None:
+    """Refuse a tokenizer that can produce ids for which a model has no embedding.
 
     Raises:
         ValueError: gives both sizes.
     """
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} ids, the {role}'s embedding {model.vocab_size} rows. "
+            f"The tokenizer has {tokenizer.vocab_size} ids, the {role}'s embedding {vocab_size} rows. "
             f"Some text would have no embedding: use the tokenizer that belongs to the {role}."
         )
 
 
-def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig) -> None:
+def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, vocab_size: int, teacher_vocab_size: int) -> None:
     """Prove that entry i of both distributions means the same token; sizes may differ by padding at the end.
+
+    Args:
+        tokenizer: of the student.
+        teacher_tokenizer: of the teacher.
+        vocab_size: rows of the student's embedding.
+        teacher_vocab_size: of the teacher's.
 
     Raises:
         ValueError: the tokenizers differ (says where), or a vocabulary is smaller than its tokenizer.
@@ -278,12 +285,12 @@ def check_pair(tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, student: Mode
     difference = tokenizers.difference(tokenizer, teacher_tokenizer)
     if difference is not None:
         raise ValueError(
-            f"Student (vocabulary {student.vocab_size}) and teacher ({teacher.vocab_size}) do not share a tokenizer: "
+            f"Student (vocabulary {vocab_size}) and teacher ({teacher_vocab_size}) do not share a tokenizer: "
             f"{difference}. The loss compares their distributions entry by entry, so entry i must be the same token in "
             "both. Use a teacher and a student of one family."
         )
-    check_vocabulary(tokenizer, student, "student")
-    check_vocabulary(teacher_tokenizer, teacher, "teacher")
+    check_vocabulary(tokenizer, vocab_size, "student")
+    check_vocabulary(teacher_tokenizer, teacher_vocab_size, "teacher")
 
 
 def check_saving(cfg: Any, ranks: Ranks, model: ModelConfig) -> str:

@@ -254,7 +254,7 @@ def check(cfg: Config) -> Inputs:
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
     companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, tokenizer_path, template)
-    preflight.check_vocabulary(tokenizer, model, "model")
+    preflight.check_vocabulary(tokenizer, model.vocab_size, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, "model")
 

@@ -136,7 +136,7 @@ def check(cfg: Config) -> Inputs:
 
     model = models.from_hf_config(checkpoint.check_model(cfg.checkpointer))
     tokenizer = tokenizers.load(cfg.checkpointer.tokenizer_dir, cfg.checkpointer.checkpoint_dir)
-    preflight.check_vocabulary(tokenizer, model, "model")
+    preflight.check_vocabulary(tokenizer, model.vocab_size, "model")
     preflight.check_split(cfg.parallel, model, "model")
 
     rows = [Row(prompt, encode(cfg, tokenizer, prompt)) for prompt in prompts for _ in range(cfg.num_samples)]

@@ -50,7 +50,17 @@ from kdtune import (
 )
 from kdtune.config import MISSING, setting
 from kdtune.interrupt import Interrupt
-from kdtune.teacher import LiveTeacher, TeacherConfig, check_teacher
+from kdtune.teacher import (
+    FoundTeacher,
+    LiveTeacher,
+    Teacher,
+    TeacherConfig,
+    check_teacher,
+    find_teacher,
+    load_live_teacher,
+    load_teacher,
+    teacher_folders,
+)
 
 
 @dataclass
@@ -62,8 +72,8 @@ class Config:
     ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
-    teacher_checkpointer: checkpoint.CheckpointerConfig = setting(checkpoint.CheckpointerConfig)  # the teacher
-    teacher: TeacherConfig = setting(TeacherConfig)  # how the teacher is held
+    teacher_checkpointer: checkpoint.CheckpointerConfig | None = None  # the teacher; null: its answers are cached
+    teacher: TeacherConfig = setting(TeacherConfig)  # how the teacher is held, or where its answers are
     lora: models.LoraConfig | None = None  # train an adapter of the student instead of its weights; null: the weights
     qat: models.QATConfig | None = None  # round weights in training, for a model of few bits; null: not
     tokenizer: tokenizers.TokenizerConfig = setting(tokenizers.TokenizerConfig)  # shared by both models
@@ -123,6 +133,7 @@ def main(cfg: Config) -> None:
 
     prove_teacher(cfg, inputs, student, teacher, full_hidden)
     del full_hidden
+    teacher.follow(inputs.loader)
     if inputs.val_batches and run.step == 0:
         logger.log(0, validate(cfg, inputs, student, teacher))
 
@@ -186,7 +197,8 @@ def main(cfg: Config) -> None:
     if before and after:
         print(metrics.closing_table(before, after))
     logger.close()
-    sampled = {"teacher": teacher.model, "student": student.eval()}
+    sampled = {"teacher": teacher.model} if teacher.model else {}
+    sampled["student"] = student.eval()
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     print(f"The student is in {run.output_dir}. Try it:\n  {writer.command(found_by)}")
     ranks.leave()
@@ -194,10 +206,10 @@ def main(cfg: Config) -> None:
 
 def build(
     cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
-) -> tuple[models.Decoder, LiveTeacher, optim.AdamW]:
+) -> tuple[models.Decoder, Teacher, optim.AdamW]:
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
-    teacher = load_teacher(cfg, ranks, cfg.teacher.quantization, cfg.teacher.offload)
+    teacher = load_teacher(cfg, ranks)
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=cfg.parallel.place(ranks.device), shard=shard)
     if cfg.enable_activation_checkpointing:
@@ -205,7 +217,7 @@ def build(
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
     if cfg.compile:
         models.compile_layers(student)
-        models.compile_layers(teacher.model)
+        teacher.compile()
     if cfg.gradient_accumulation_steps > 1 and ranks.size == 1:  # FSDP adds up in float32 by itself
         optim.accumulate_in_float32(student)
     optimizer = optim.build_optimizer(student, cfg.optimizer, seed=cfg.seed)
@@ -214,28 +226,10 @@ def build(
     return student, teacher, optimizer
 
 
-def load_teacher(
-    cfg: Config, ranks: distributed.Ranks, quantization: models.Quantization | None, offload: bool
-) -> LiveTeacher:
-    """The teacher for a student that is spread over the same ranks."""
-    place = cfg.teacher.place(ranks.device)
-    vocab_size = models.from_hf_config(cfg.checkpointer.read_config()).vocab_size  # both heads are cut alike
-    parallel = cfg.teacher_parallel or cfg.parallel
-    model = checkpoint.load_model(
-        cfg.teacher_checkpointer.checkpoint_dir,
-        dtype=devices.DTYPES[cfg.teacher.dtype or cfg.dtype],
-        device="cpu" if offload else parallel.place(place),
-        adapter_dir=cfg.teacher_checkpointer.adapter_dir,
-        quantization=quantization,
-        shard=distributed.sharding(ranks, parallel, trains=False, vocab_size=vocab_size),
-    )
-    return LiveTeacher(model, student_device=ranks.device, offload_to=place if offload else None)
-
-
 def forward_backward(
     cfg: Config,
     student: models.Decoder,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     micro_batches: Sequence[data.Batch],
     num_tokens: int,
     progress: float = 0.0,
@@ -274,6 +268,7 @@ class Inputs:
 
     ranks: distributed.Ranks
     student_config: dict[str, Any]  # the student's config.json
+    teacher: FoundTeacher
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader | data.StreamLoader
@@ -303,27 +298,29 @@ def check(cfg: Config) -> Inputs:
         overwrite=cfg.overwrite_output_dir,
         sources=(
             *(cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir, start_from),
-            *(cfg.teacher_checkpointer.checkpoint_dir, cfg.teacher_checkpointer.adapter_dir, tokenizer_path),
+            *(*teacher_folders(cfg), tokenizer_path),
         ),
     )
 
     student_config = checkpoint.check_start(cfg.checkpointer, resume_from, cfg.lora)
-    teacher_config = checkpoint.check_model(cfg.teacher_checkpointer)
-    student, teacher = models.from_hf_config(student_config), models.from_hf_config(teacher_config)
+    student = models.from_hf_config(student_config)
     check_settings(cfg, ranks.device)
+    teacher = find_teacher(cfg)
 
     tokenizer = load_tokenizer(cfg)
     template = data.trained_template(tokenizer, cfg.dataset, cfg.dataset_val)
     companions = checkpoint.read_companions(cfg.checkpointer.checkpoint_dir, tokenizer_path, template)
-    preflight.check_pair(tokenizer, tokenizers.load(cfg.teacher_checkpointer.checkpoint_dir), student, teacher)
+    preflight.check_pair(tokenizer, teacher.tokenizer, student.vocab_size, teacher.vocab_size)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
-    for role, model in (("student", student), ("teacher", teacher)):
-        preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, role)
+    for role, model in (("student", student), ("teacher", teacher.config)):
+        if model is not None:
+            preflight.check_prompts(prompts, cfg.sample_max_new_tokens, "sample_prompts", model, role)
 
     saving = preflight.check_saving(cfg, ranks, student)
 
     vocab_size = min(student.vocab_size, teacher.vocab_size)  # the student's tokenizer may know more than the teacher
     loaded = load_data(cfg, tokenizer, vocab_size, ranks)
+    teacher.check_rows(loaded)
     profiling.check_profiler(cfg.profiler, loaded.num_steps)
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
@@ -333,7 +330,7 @@ def check(cfg: Config) -> Inputs:
         print(f"lora      {preflight.describe_lora(cfg.lora, student)}")
     if cfg.qat is not None:
         print(f"qat       {cfg.qat}")
-    print(f"teacher   {preflight.describe(cfg.teacher_checkpointer.checkpoint_dir, teacher)}")
+    print(f"teacher   {teacher}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {ranks.describe()}"
     print(f"run       {steps}, into {output_dir}, {done} done{saving}")
@@ -342,6 +339,7 @@ def check(cfg: Config) -> Inputs:
     return Inputs(
         ranks=ranks,
         student_config=student_config,
+        teacher=teacher,
         tokenizer=tokenizer,
         companions=companions,
         loader=loaded.loader,
@@ -362,16 +360,11 @@ def check_settings(cfg: Config, device: torch.device) -> None:
     Raises:
         ValueError, OSError: which settings, why and what to do.
     """
-    student, teacher = (
-        models.from_hf_config(one.read_config()) for one in (cfg.checkpointer, cfg.teacher_checkpointer)
-    )
-    losses.check_targets(cfg.kd_loss, "whole")
+    student = models.from_hf_config(cfg.checkpointer.read_config())
     preflight.check_training(cfg, device, student)
-    teacher_dtype = devices.DTYPES[cfg.teacher.dtype or cfg.dtype]
-    check_teacher(cfg.teacher, teacher, dtype=teacher_dtype, device=cfg.teacher.place(device))
-    for role, model in (("student", student), ("teacher", teacher)):
-        preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", model, role)
-        preflight.check_split(cfg.parallel, model, role)
+    preflight.check_sequence_length(cfg.tokenizer.max_seq_len, "tokenizer.max_seq_len", student, "student")
+    preflight.check_split(cfg.parallel, student, "student")
+    check_teacher(cfg, device)
 
 
 def load_tokenizer(cfg: Config) -> tokenizers.Tokenizer:
@@ -397,7 +390,7 @@ def objective(
     cfg: Config,
     hidden: Tensor,
     head: nn.Linear,
-    targets: losses.Targets,
+    targets: losses.Targets | losses.SparseTargets,
     batch: data.Batch,
     num_tokens: int,
     progress: float,
@@ -427,7 +420,7 @@ def objective(
     )
 
 
-def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher) -> dict[str, float]:
+def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher) -> dict[str, float]:
     """Means over the labelled tokens of the validation rows; of a blend also of each source: val_ce_loss/<name>."""
     return metrics.pool(
         {
@@ -439,7 +432,7 @@ def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Live
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: LiveTeacher
+    cfg: Config, inputs: Inputs, batches: Iterable[data.Batch], student: models.Decoder, teacher: Teacher
 ) -> dict[str, float]:
     """Means over the labelled tokens of `batches`, in nats; always of the forward KL at temperature 1."""
     sums, num_tokens = torch.zeros(6, device=inputs.ranks.device), 0  # of this rank
@@ -470,21 +463,19 @@ def evaluate(
 
 def ask_full_teacher(cfg: Config, inputs: Inputs) -> Tensor:
     """Hidden states of the first rows, [b, s, d], before quantisation. The head has none, so that they tell it all."""
-    is_on_host = cfg.teacher.place(inputs.ranks.device).type == "cpu"
-    # Quantised, the teacher may fit where the full one does not.
-    teacher = load_teacher(cfg, inputs.ranks, quantization=None, offload=not is_on_host)
+    teacher = load_live_teacher(cfg, inputs.ranks, as_it_is=True)
     return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))).hidden
 
 
 def prove_teacher(
-    cfg: Config, inputs: Inputs, student: models.Decoder, teacher: LiveTeacher, full_hidden: Tensor | None
+    cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher, full_hidden: Tensor | None
 ) -> None:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
     first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))
     num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
-    if full_hidden is not None:
+    if full_hidden is not None and isinstance(teacher, LiveTeacher):
         found = teacher.compare(full_hidden, first_batch, cfg.loss_chunk_size)
         print(f"teacher.quantization={cfg.teacher.quantization} on {num_rows}: {found}")
     values = evaluate(cfg, inputs, [first_batch], student, teacher)
     print(f"teacher check on {num_rows}: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
-    print(teacher.judge(values["val_teacher_ce_loss"], cfg.teacher_checkpointer.checkpoint_dir))
+    print(inputs.teacher.judge(values["val_teacher_ce_loss"]))

@@ -71,20 +71,20 @@ def test_prompts(prompts: list[list[int]], message: str) -> None:
 
 
 def test_vocabulary(tokenizer: Tokenizer) -> None:
-    preflight.check_vocabulary(tokenizer, model(), "student")
-    preflight.check_vocabulary(tokenizer, model(SIZE + 64), "student")
+    preflight.check_vocabulary(tokenizer, SIZE, "student")
+    preflight.check_vocabulary(tokenizer, SIZE + 64, "student")
     with pytest.raises(ValueError, match=r"has 2048 ids, the student's embedding 2047 rows"):
-        preflight.check_vocabulary(tokenizer, model(SIZE - 1), "student")
+        preflight.check_vocabulary(tokenizer, SIZE - 1, "student")
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(0, 0), (0, 64), (128, 0), (8, 16)])
 def test_pairs_that_differ_by_padding_fit(student: int, teacher: int, tokenizer: Tokenizer) -> None:
-    preflight.check_pair(tokenizer, tokenizer, model(SIZE + student), model(SIZE + teacher))
+    preflight.check_pair(tokenizer, tokenizer, SIZE + student, SIZE + teacher)
 
 
 def test_further_ids_of_one_side_are_padding_for_the_other(tokenizer: Tokenizer, tmp_path: Path) -> None:
     longer = make_tokenizer(tmp_path / "teacher", lambda vocab: vocab.update(zzzz=SIZE))
-    preflight.check_pair(tokenizer, longer, model(), model(SIZE + 1))
+    preflight.check_pair(tokenizer, longer, SIZE, SIZE + 1)
 
 
 def test_swapped_tokens_do_not_fit(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_swapped_tokens_do_not_fit(tokenizer: Tokenizer, tmp_path: Path) -> None
     with pytest.raises(
         ValueError, match=rf"\(vocabulary 2048\) and teacher \(2112\).* id {first} is '[ab]' in .*one fam"
     ):
-        preflight.check_pair(tokenizer, other, model(), model(SIZE + 64))
+        preflight.check_pair(tokenizer, other, SIZE, SIZE + 64)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_vocabulary_smaller_than_the_tokenizer_does_not_fit(role: str, tokenizer: Tokenizer) -> None:
     sizes = {"student": SIZE, "teacher": SIZE, role: SIZE - 8}
     with pytest.raises(ValueError, match=f"2048 ids, the {role}'s embedding 2040 rows"):
-        preflight.check_pair(tokenizer, tokenizer, model(sizes["student"]), model(sizes["teacher"]))
+        preflight.check_pair(tokenizer, tokenizer, sizes["student"], sizes["teacher"])
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,10 @@ MAY_IMPORT = {
     "tokenizers": {"config"},
     "data": {"config", "devices", "documents", "tokenizers"},
     "teacher_cache": {"config"},
-    "teacher": {"config", "data", "devices", "dtensors", "losses", "models"},
+    "teacher": {
+        *("checkpoint", "config", "data", "devices", "distributed", "dtensors", "losses", "models"),
+        *("preflight", "teacher_cache", "tokenizers"),
+    },
     "checkpoint": {"config", "distributed", "dtensors", "models", "pipeline_parallel", "tokenizers"},
     "distributed": {
         *("config", "data", "devices", "models", "stage"),

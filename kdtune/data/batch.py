@@ -29,6 +29,11 @@ class Keys(NamedTuple):
     examples: np.ndarray
     places: np.ndarray
 
+    def starts(self) -> np.ndarray:
+        """[n] int64, where the positions of another example begin."""
+        goes_on = (self.examples[1:] == self.examples[:-1]) & (self.places[1:] == self.places[:-1] + 1)
+        return np.flatnonzero(~np.append(np.zeros(min(1, len(self.places)), bool), goes_on))
+
 
 @dataclass(frozen=True)
 class Batch:

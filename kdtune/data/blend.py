@@ -62,6 +62,11 @@ class Blend:
         return np.concatenate([examples.lengths for examples in self.sources.values()])
 
     @cached_property
+    def label_counts(self) -> np.ndarray:
+        """[n] int64, scored positions of each example."""
+        return np.concatenate([examples.label_counts for examples in self.sources.values()])
+
+    @cached_property
     def ids(self) -> np.ndarray:
         """[n] uint64, see `Examples`."""
         return np.concatenate([examples.ids for examples in self.sources.values()])

@@ -171,6 +171,11 @@ class Examples:
         """[n] int64, positions of each example."""
         return np.diff(self.offsets) - 1
 
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        """[n] int64, scored positions of each example."""
+        return np.add.reduceat(self.is_label, self.offsets[:-1], dtype=np.int64)
+
     @property
     def num_rows(self) -> int:
         """Rows read; len() is smaller where rows were dropped, greater where a row makes several examples."""

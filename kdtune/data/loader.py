@@ -129,9 +129,14 @@ class Loader:
         mine = rows[self._share.rank :: self._share.num_ranks]
         return [self._share.of(_collate(self.examples, some, self._packed)) for some in mine]
 
-    def upcoming(self) -> list[Batch]:
-        """What `next_step` is going to return."""
-        return copy.copy(self).next_step()
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it is: complete epochs, and rows of the present one."""
+        return self.epoch, self._position
+
+    def copy(self) -> Loader:
+        """One that deals out the same from here on, and leaves this one where it is."""
+        return copy.copy(self)
 
     def summary(self) -> str:
         """How much of what the model computes is padding, in the present epoch."""

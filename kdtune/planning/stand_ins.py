@@ -14,11 +14,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdtune.losses import chunked
+from kdtune.data import Batch
+from kdtune.losses import SampledTargets, Targets, TopKTargets, chunked
 from kdtune.models import quantization
 from kdtune.optim import adamw, moments
 from kdtune.optim.adamw import blocks
 from kdtune.planning import kernels
+from kdtune.teacher import CachedTeacher
 
 aten = torch.ops.aten
 
@@ -54,6 +56,7 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
         stack.enter_context(replaced(chunked, "chunks", first_chunks))
         stack.enter_context(replaced(chunked, "is_sum_over_entries", lambda *_: True))  # which only data tells
         stack.enter_context(replaced(adamw, "blocks", first_blocks))
+        stack.enter_context(replaced(CachedTeacher, "__call__", _answers))
         stack.enter_context(replaced(quantization, "quantize", _once_for_each_shape(quantization.quantize)))
         # What is kept from one step to the next has no data either, and must not outlive the plan.
         stack.enter_context(replaced(moments, "table", functools.cache(moments.table.__wrapped__)))
@@ -64,6 +67,21 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(replaced(torch.utils, "swap_tensors", _swap_forgotten(mode)))
         yield _compute if host else _compute_beside_host, shares
+
+
+def _answers(teacher: CachedTeacher, batch: Batch) -> Targets | TopKTargets | SampledTargets:
+    """As many as there can be."""
+    store, device = teacher.cache.card.store, teacher.device
+    t = batch.labels.numel() if batch.scored is None else len(batch.scored)
+    if teacher.head is not None:
+        dtype = torch.bfloat16 if store.hidden_dtype == "bf16" else torch.float32
+        return Targets(torch.empty(t, teacher.head.in_features, dtype=dtype, device=device), teacher.head)
+    k = store.top_k if store.kind == "top_k" else store.num_samples + 1
+    ids = torch.empty(t, k, dtype=torch.int64, device=device)
+    values, of_tokens = (torch.empty(shape, device=device) for shape in ((t, k), (t,)))
+    if store.kind == "samples":
+        return SampledTargets(ids, values, of_tokens)
+    return TopKTargets(ids, values, of_tokens, convention=teacher.convention)
 
 
 def _swap_forgotten(mode: FakeTensorMode) -> Callable[..., None]:

@@ -4,13 +4,14 @@
 processes. Only numpy is used here, so that other tools may read a cache with this part alone.
 """
 
-from kdtune.teacher_cache.answers import Answers, Hidden, Samples, TopK, concatenate
+from kdtune.teacher_cache.answers import Answers, Hidden, Samples, TopK, concatenate, take
 from kdtune.teacher_cache.card import Card, Dataset, Teacher, teacher_fingerprint
 from kdtune.teacher_cache.codec import estimate_bytes
 from kdtune.teacher_cache.config import StoreConfig, check_store
-from kdtune.teacher_cache.store import TeacherCache, Writer, write_head
+from kdtune.teacher_cache.store import TOKENIZER, TeacherCache, Writer, open_to_extend, write_head, write_tokenizer
 
 __all__ = [
+    "TOKENIZER",
     "Answers",
     "Card",
     "Dataset",
@@ -24,6 +25,9 @@ __all__ = [
     "check_store",
     "concatenate",
     "estimate_bytes",
+    "open_to_extend",
+    "take",
     "teacher_fingerprint",
     "write_head",
+    "write_tokenizer",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -150,7 +150,7 @@ class Hidden:
 
 
 Answers = TopK | Samples | Hidden
-A = TypeVar("A", TopK, Samples, Hidden)
+A = TypeVar("A", bound=Answers)
 
 
 def concatenate(answers: Sequence[A]) -> A:
@@ -176,3 +176,10 @@ def concatenate(answers: Sequence[A]) -> A:
         return joined
 
     return type(first)(**{field.name: join(field.name) for field in fields(first)})
+
+
+def take(answers: A, rows: slice | np.ndarray) -> A:
+    """Those to some of the tokens."""
+    columns = {field.name: getattr(answers, field.name) for field in fields(answers)}
+    taken: dict[str, Any] = {name: x[rows] for name, x in columns.items() if isinstance(x, np.ndarray)}
+    return replace(answers, **taken)

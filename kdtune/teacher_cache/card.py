@@ -162,16 +162,20 @@ def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def teacher_fingerprint(folder: str | Path) -> str:
+def teacher_fingerprint(folder: str | Path, adapter: str | Path | None = None) -> str:
     """Tells the weights of a Hugging Face folder from others, and equals that of a copy on another machine.
 
     It is of config.json and, of each file of weights, of its name, its size and its first and last 64 KiB: to read all
     of a large teacher once more would take minutes. The first hold every tensor's name and shape.
+
+    Args:
+        folder: of the model.
+        adapter: folder of what is merged into it; None: nothing is.
     """
-    folder = Path(folder)
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        if path.suffix == ".json" and path.name not in ("config.json", "adapter_config.json"):
+    folders = [Path(one) for one in (folder, adapter) if one is not None]
+    for path in (path for one in folders for path in sorted(one.iterdir())):
+        if path.suffix != ".safetensors" and path.name not in ("config.json", "adapter_config.json"):
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())

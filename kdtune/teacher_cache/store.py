@@ -13,6 +13,7 @@ import os
 import re
 import time
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ from kdtune.teacher_cache.config import HiddenDtype
 CARD = "card.json"
 HEAD = "head.safetensors"
 SHARDS = "shards"
+TOKENIZER = "tokenizer"  # folder of the tokenizer's files
 _SHARD_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
 _INDEX: dict[str, np.dtype[Any]] = {
     "ids": np.dtype("<u8"),
@@ -144,19 +146,10 @@ class Writer:
         """
         path = self.folder / CARD
         if not path.exists():
-            strangers = sorted({entry.name for entry in self.folder.iterdir() if entry.name[0] != "."} - {SHARDS})
-            if strangers or _shards(self.folder):
-                raise ValueError(
-                    f"{self.folder} is to become a teacher cache and holds other files: "
-                    f"{', '.join(strangers[:5]) or 'shards without a card'}. Give another folder, or empty it."
-                )
+            _check_empty(self.folder)
             _write(path, self.card.to_json().encode(), is_new=True)
         found = _read_card(self.folder)
-        if differences := found.differences(self.card):
-            raise ValueError(
-                f"{self.folder} holds other answers than those to be added: {'; '.join(differences)}. A cache is "
-                "of one teacher, tokenizer and kind. Give another folder, or the settings of this one."
-            )
+        _check_same(self.folder, found, self.card)
         both = found.with_datasets(self.card.datasets)
         if both != found:
             _write(path, both.to_json().encode())
@@ -285,6 +278,21 @@ class TeacherCache:
         return place
 
 
+def open_to_extend(folder: str | Path, card: Card) -> TeacherCache | None:
+    """What a folder has, before more is added; None: there is no cache yet.
+
+    Raises:
+        ValueError: as `Writer` and `TeacherCache`.
+        OSError: it cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / CARD).exists():
+        _check_empty(folder)
+        return None
+    _check_same(folder, _read_card(folder), card)
+    return TeacherCache(folder)
+
+
 def write_head(folder: str | Path, weight: np.ndarray, dtype: HiddenDtype) -> None:
     """Put the teacher's head beside its hidden states, unless it is there.
 
@@ -301,6 +309,37 @@ def write_head(folder: str | Path, weight: np.ndarray, dtype: HiddenDtype) -> No
     header += b" " * (-len(header) % 8)
     content = len(header).to_bytes(8, "little") + header + data
     _write(Path(folder) / HEAD, content, is_new=True)
+
+
+def write_tokenizer(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Put the tokenizer that made the examples beside the answers, so that students can be compared with it.
+
+    Args:
+        folder: of the cache.
+        files: their contents by name.
+    """
+    for name, content in files.items():
+        path = Path(folder) / TOKENIZER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+
+
+def _check_empty(folder: Path) -> None:
+    names = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
+    strangers = sorted(names - {SHARDS})
+    if strangers or (SHARDS in names and _shards(folder)):
+        raise ValueError(
+            f"{folder} is to become a teacher cache and holds other files: "
+            f"{', '.join(strangers[:5]) or 'shards without a card'}. Give another folder, or empty it."
+        )
+
+
+def _check_same(folder: Path, found: Card, card: Card) -> None:
+    if differences := found.differences(card):
+        raise ValueError(
+            f"{folder} holds other answers than those to be added: {'; '.join(differences)}. A cache is of one "
+            "teacher, tokenizer and kind. Give another folder, or the settings of this one."
+        )
 
 
 def _codec(card: Card) -> Codec:

@@ -1,0 +1,160 @@
+"""What a cache keeps of a teacher's distributions, made from the hidden states of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdtune.data import IGNORE, Batch, Keys
+from kdtune.dtensors import whole
+from kdtune.losses import Vocabulary, default_chunk_size
+from kdtune.losses.projection import Projection
+from kdtune.teacher.live import LiveTeacher
+from kdtune.teacher_cache import Answers, Hidden, Samples, StoreConfig, TopK, concatenate, take, write_head
+from kdtune.teacher_cache.config import HiddenDtype
+
+
+@torch.no_grad()
+def ask(
+    teacher: LiveTeacher, batch: Batch, store: StoreConfig, *, seed: int = 0, chunk_size: int | None = None
+) -> Iterator[tuple[int, Answers]]:
+    """What the teacher says about the examples of a batch, each with its id.
+
+    Args:
+        teacher: all ranks that hold it together call with the same rows, and find the same.
+        batch: whole rows, on the host.
+        store: what is kept of its distributions.
+        seed: of random draws, which depend on it and the example alone, not on the batch.
+        chunk_size: labelled tokens whose logits exist at one time; None: automatic.
+    """
+    keys = batch.keys()
+    targets = teacher(batch)
+    hidden, head = targets.hidden.flatten(0, -2), targets.head  # [b * s, d]
+    scored = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(scored):
+        return
+    labels = batch.labels.flatten()[scored].to(hidden.device)
+    scored = scored.to(hidden.device)
+    if store.kind == "hidden":
+        found: Answers = _hidden(hidden[scored], store.hidden_dtype)
+    else:
+        parts: list[Answers] = []
+        for rows, log_p in _log_probs(hidden, Projection(hidden, head), scored, _vocabulary(head), chunk_size):
+            about = _facts(log_p, labels[rows])
+            if store.kind == "top_k":
+                parts.append(_top_k(log_p, about, store))
+            else:
+                parts.append(_draw(log_p, about, Keys(*(part[rows] for part in keys)), store, seed))
+        found = concatenate(parts)
+    starts = keys.starts()
+    for start, stop in zip(starts, [*starts[1:], len(keys.places)], strict=True):
+        yield int(keys.examples[start]), take(found, slice(start, stop))
+
+
+@torch.no_grad()
+def keep_head(teacher: LiveTeacher, folder: str, dtype: HiddenDtype, vocab_size: int) -> None:
+    """Write the head beside hidden states; all ranks must call.
+
+    Args:
+        teacher: whose head it is.
+        folder: of the cache.
+        dtype: in which it is written.
+        vocab_size: of the teacher, whose head may be filled up for tensor parallel.
+    """
+    weight = whole(teacher.head.weight)[:vocab_size]
+    write_head(folder, _hidden(weight, dtype).hidden, dtype)
+
+
+def _vocabulary(head: torch.nn.Module) -> Vocabulary | None:
+    found = getattr(head, "vocabulary", None)
+    assert found is None or isinstance(found, Vocabulary)
+    return found
+
+
+def _log_probs(
+    hidden: Tensor, projection: Projection, scored: Tensor, vocabulary: Vocabulary | None, chunk_size: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Of some scored positions at a time: which they are, and log p, [n, v], of the whole vocabulary on each rank."""
+    size = projection.vocab_size if vocabulary is None else vocabulary.ranks * vocabulary.block
+    step = chunk_size or default_chunk_size(size, size, hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    for start in range(0, len(scored), step):
+        positions = scored[start : start + step]
+        logits = projection.logits(positions, hidden.new_empty(len(positions), projection.vocab_size, dtype=dtype))
+        if vocabulary is not None:
+            logits = _joined(logits, vocabulary)
+        yield slice(start, start + step), projection.activation.of(logits).log_softmax(-1)
+
+
+def _joined(part: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The entries of all ranks, [n, v_t], from those of this one."""
+    padded = part.new_zeros(len(part), vocabulary.block)
+    padded[:, : part.shape[-1]] = part
+    parts = vocabulary.gather({"logits": padded})["logits"]  # [ranks, n, block]
+    return parts.transpose(0, 1).flatten(1)[:, : vocabulary.teacher_size]
+
+
+def _facts(log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What is known of a whole distribution, [n] each."""
+    return {
+        "entropy": -(log_p.exp() * log_p.clamp(min=-1e38)).sum(-1),  # where p is 0, so is the product
+        "label_log_probs": log_p.gather(-1, labels[:, None])[:, 0],
+    }
+
+
+def _top_k(log_p: Tensor, facts: dict[str, Tensor], store: StoreConfig) -> TopK:
+    log_probs, ids = log_p.topk(min(store.top_k, log_p.shape[-1]))  # [n, k], descending
+    if store.top_p is not None:
+        before = log_probs.exp().cumsum(-1).roll(1, -1)  # the mass of those that are likelier
+        before[:, 0] = 0
+        is_kept = before < store.top_p
+        width = int(is_kept.sum(-1).max())
+        log_probs, ids, is_kept = log_probs[:, :width], ids[:, :width], is_kept[:, :width]
+        # Not 1 - sum p, of which rounding is all that is left.
+        log_rest = log_p.scatter(-1, torch.where(is_kept, ids, ids[:, :1]), -torch.inf).logsumexp(-1)
+        log_probs, ids = log_probs.masked_fill(~is_kept, -torch.inf), ids.masked_fill(~is_kept, -1)
+    else:
+        log_rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    return TopK(_numpy(ids, np.int32), _numpy(log_probs), _numpy(log_rest), **{k: _numpy(v) for k, v in facts.items()})
+
+
+def _draw(log_p: Tensor, facts: dict[str, Tensor], keys: Keys, store: StoreConfig, seed: int) -> Samples:
+    """Draws from p^power / Z, by the inverse of its distribution function."""
+    # In float64, whose sums over a vocabulary do not lose the unlikely ones.
+    log_proposal = (store.sampling_power * log_p.double()).log_softmax(-1)
+    mass = log_proposal.exp().cumsum(-1)  # [n, v]
+    numbers = torch.from_numpy(_numbers(keys, store.num_samples, seed)).to(mass.device)  # [n, num_samples]
+    draws = torch.searchsorted(mass, numbers * mass[:, -1:], right=True).clamp(max=log_p.shape[-1] - 1)
+    log_ratios = None
+    if store.sampling_power != 1:
+        log_ratios = _numpy((log_p - log_proposal).gather(-1, draws))
+    return Samples.from_draws(
+        _numpy(draws, np.int32),
+        log_ratios,
+        top_ids=_numpy(log_p.argmax(-1), np.int32),
+        **{name: _numpy(values) for name, values in facts.items()},
+    )
+
+
+def _numbers(keys: Keys, count: int, seed: int) -> np.ndarray:
+    """[n, count] in [0, 1): a function of the seed, the example and the place in it."""
+    numbers = np.empty((len(keys.places), count))
+    starts = keys.starts()
+    for start, stop in zip(starts, [*starts[1:], len(keys.places)], strict=True):
+        generator = np.random.default_rng([seed, int(keys.examples[start])])
+        generator.bit_generator.advance(int(keys.places[start]) * count)  # type: ignore[attr-defined]
+        numbers[start:stop] = generator.random((stop - start, count))
+    return numbers
+
+
+def _hidden(states: Tensor, dtype: HiddenDtype) -> Hidden:
+    if dtype == "bf16":
+        return Hidden(states.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16), "bf16")
+    return Hidden(_numpy(states), "fp32")
+
+
+def _numpy(x: Tensor, dtype: type = np.float32) -> np.ndarray:
+    return x.cpu().numpy().astype(dtype)
