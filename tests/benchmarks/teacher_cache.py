@@ -18,7 +18,8 @@ from the teacher to what is read. Of the others, which need not be installed, fo
   first log-probability in bf16, and of the others float32 coefficients of 1, i and sqrt(i), by least squares (its
   "budget pick"). What it recommends has 16 in bf16 and three powers more. It keeps 50 and 128 tokens then, here 64.
 
-Of these three none has the probability of all other tokens, the entropy or the label's log-probability.
+None of these three has the entropy or the label's log-probability, and the probability of all other tokens is what
+rounding leaves of 1 minus a sum.
 
 A minute or two on one core.
 """
