@@ -108,3 +108,15 @@ def test_fingerprint_of_a_teacher_is_of_its_content(tmp_path: Path) -> None:
         shutil.copytree(copy, changed_copy)
         (changed_copy / name).write_text("{ }")
         assert teacher_fingerprint(changed_copy) != fingerprint
+
+
+def test_fingerprint_of_a_teacher_with_an_adapter(tmp_path: Path) -> None:
+    folder, adapter = tmp_path / "teacher", tmp_path / "adapter"
+    for one in (folder, adapter):
+        one.mkdir()
+    (folder / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text("{}")
+    with_adapter = teacher_fingerprint(folder, adapter)
+    assert with_adapter != teacher_fingerprint(folder)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    assert teacher_fingerprint(folder, adapter) != with_adapter

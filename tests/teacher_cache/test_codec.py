@@ -10,7 +10,7 @@ import made_answers
 import numpy as np
 import pytest
 
-from kdtune.teacher_cache import Hidden, Samples, StoreConfig, TopK, check_store, concatenate, estimate_bytes
+from kdtune.teacher_cache import Hidden, Samples, StoreConfig, TopK, check_store, concatenate, estimate_bytes, take
 from kdtune.teacher_cache.codec import MAX_NATS, Codec, dequantize, quantize
 from kdtune.teacher_cache.config import Bits
 
@@ -232,6 +232,17 @@ def test_examples_are_joined() -> None:
     assert together.weights.sum() == pytest.approx(8)
     states = [Hidden(np.ones((2, 4), np.float32), "fp32")] * 2
     assert concatenate(states).hidden.shape == (4, 4)
+
+
+def test_some_of_the_tokens_are_taken() -> None:
+    answers = made_answers.top_k(0, 6, 5, 97)
+    assert len(take(answers, slice(0))) == 0
+    assert take(answers, slice(2, 4)).ids.tolist() == answers.ids[2:4].tolist()
+    drawn = made_answers.samples(0, 6, 12, 97)
+    some = take(drawn, np.array([5, 0]))
+    assert some.num_samples == 12
+    assert some.log_ratios is None
+    assert some.weights.tolist() == drawn.weights[[5, 0]].tolist()
 
 
 @pytest.mark.parametrize(("num_tokens", "sizes"), [(20, (155, 224, 320)), (200, (150, 218, 310))])

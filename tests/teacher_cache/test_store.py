@@ -30,8 +30,10 @@ from kdtune.teacher_cache import (
     TeacherCache,
     TopK,
     Writer,
+    open_to_extend,
     store,
     write_head,
+    write_tokenizer,
 )
 
 VOCAB_SIZE = 97
@@ -132,6 +134,29 @@ def test_a_cache_is_extended(tmp_path: Path) -> None:
     write(tmp_path, range(5, 20), card=replace(CARD, datasets=(sets[1],)))
     write(tmp_path, [], card=replace(CARD, datasets=(sets[0],)))
     assert check(tmp_path, range(20)).card.datasets == tuple(sets)
+
+
+def test_what_is_there_before_more_is_added(tmp_path: Path) -> None:
+    assert open_to_extend(tmp_path / "nowhere", CARD) is None
+    assert open_to_extend(tmp_path, CARD) is None
+    write(tmp_path, range(3))
+    there = open_to_extend(tmp_path, CARD)
+    assert there is not None
+    assert there.ids.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="vocab_size is 97 in the cache and 98 here"):
+        open_to_extend(tmp_path, replace(CARD, vocab_size=98))
+    (tmp_path / "card.json").unlink()
+    with pytest.raises(ValueError, match="shards without a card"):
+        open_to_extend(tmp_path, CARD)
+
+
+def test_a_tokenizer_lies_beside_the_answers(tmp_path: Path) -> None:
+    write(tmp_path, range(3))
+    write_tokenizer(tmp_path, {"tokenizer.json": b"{}", "chat_template.jinja": b"x"})
+    write_tokenizer(tmp_path, {"tokenizer.json": b"{}"})
+    found = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
+    assert found == {"tokenizer.json": b"{}", "chat_template.jinja": b"x"}
+    check(tmp_path, range(3))
 
 
 def test_an_example_counts_once(tmp_path: Path) -> None:
