@@ -62,7 +62,9 @@ class Problem:
     @functools.cached_property
     def top_k(self) -> losses.TopKTargets:
         """What a cache has of them: the 64 likeliest tokens."""
-        log_probs, ids = (torch.cat(parts) for parts in zip(*(x.topk(64) for x in self.log_p()), strict=True))
+        log_probs, ids = (
+            torch.cat(parts) for parts in zip(*(x.topk(min(64, x.shape[-1])) for x in self.log_p()), strict=True)
+        )
         return losses.TopKTargets(ids, log_probs)
 
     @functools.cached_property
