@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pipeline_parallel": {"dtensors", "models", "stage"},
     "tokenizers": {"config"},
     "data": {"config", "devices", "documents", "tokenizers"},
-    "teacher_cache": {"config"},
+    "teacher_cache": {"checkpoint", "config", "data", "tokenizers"},  # all but config for convert.py
     "teacher": {
         *("checkpoint", "config", "data", "devices", "distributed", "dtensors", "losses", "models"),
         *("preflight", "teacher_cache", "tokenizers"),

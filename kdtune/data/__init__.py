@@ -7,6 +7,7 @@ nowhere else: the label at position i is the token at i + 1, or IGNORE.
 """
 
 from kdtune.data.batch import IGNORE, Batch, Keys, Share, collate, collate_packed, count_labels
+from kdtune.data.blend import Blend
 from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
@@ -18,6 +19,7 @@ from kdtune.data.stream import Stream, StreamLoader
 __all__ = [
     "IGNORE",
     "Batch",
+    "Blend",
     "DatasetConfig",
     "Examples",
     "Keys",

@@ -8,6 +8,7 @@ from kdtune.teacher_cache.answers import Answers, Hidden, Samples, TopK, concate
 from kdtune.teacher_cache.card import Card, Dataset, Teacher, teacher_fingerprint
 from kdtune.teacher_cache.codec import estimate_bytes
 from kdtune.teacher_cache.config import StoreConfig, check_store
+from kdtune.teacher_cache.served import Question, ServedTeacher, ServerConfig, check_server
 from kdtune.teacher_cache.store import TOKENIZER, TeacherCache, Writer, open_to_extend, write_head, write_tokenizer
 
 __all__ = [
@@ -16,12 +17,16 @@ __all__ = [
     "Card",
     "Dataset",
     "Hidden",
+    "Question",
     "Samples",
+    "ServedTeacher",
+    "ServerConfig",
     "StoreConfig",
     "Teacher",
     "TeacherCache",
     "TopK",
     "Writer",
+    "check_server",
     "check_store",
     "concatenate",
     "estimate_bytes",
