@@ -15,7 +15,8 @@ arXiv:2503.16870.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -81,20 +82,29 @@ def main(cfg: Config) -> None:
         keep_head(teacher, cfg.output_dir, cfg.store.hidden_dtype, inputs.card.vocab_size)
 
     log_prob = torch.zeros(2, dtype=torch.float64)  # of this process: sum over the labels, and how many
-    with Interrupt(ranks.any) as interrupt, metrics.token_bar(inputs.num_tokens) as bar, writer:
+    # One thread compresses what was said of a batch while the teacher is asked about the next one.
+    with (
+        Interrupt(ranks.any) as interrupt,
+        metrics.token_bar(inputs.num_tokens) as bar,
+        writer,
+        ThreadPoolExecutor(1, "writing the teacher's answers") as thread,
+    ):
+        writing = thread.submit(write, writer, [])
         for batch in inputs.batches:
-            for example, answers in ask(teacher, batch, cfg.store, seed=cfg.seed, chunk_size=cfg.loss_chunk_size):
-                # Of processes that hold a teacher together all know the answers, and one of them writes.
-                if ranks.is_first_of_rows:
-                    writer.add(example, answers)
+            answered = list(ask(teacher, batch, cfg.store, seed=cfg.seed, chunk_size=cfg.loss_chunk_size))
+            for _, answers in answered:
                 if not isinstance(answers, teacher_cache.Hidden):
                     log_prob += torch.tensor([answers.label_log_probs.sum(), len(answers)])
+            writing.result()
+            # Of processes that hold a teacher together all know the answers, and one of them writes.
+            writing = thread.submit(write, writer, answered if ranks.is_first_of_rows else [])
             bar.update(ranks.total(batch.num_labels))
             if writer.num_tokens:
                 size = inputs.num_tokens * writer.num_bytes / writer.num_tokens
                 bar.set_postfix_str(f"{format_bytes(size)} in the end", refresh=False)
             if interrupt.has_come():
                 break
+        writing.result()
 
     ranks.wait()  # until all have written what they know
     total, count = ranks.all_sum(log_prob)
@@ -106,6 +116,12 @@ def main(cfg: Config) -> None:
         raise SystemExit(interrupt.exit_code)
     print(f"Learn from it:\n  kdtune run knowledge_distillation ... teacher.cache_dir={cfg.output_dir}")
     ranks.leave()
+
+
+def write(writer: teacher_cache.Writer, answered: Sequence[tuple[int, teacher_cache.Answers]]) -> None:
+    """Keep the answers to some examples."""
+    for example, answers in answered:
+        writer.add(example, answers)
 
 
 @dataclass

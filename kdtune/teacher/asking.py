@@ -42,12 +42,12 @@ def ask(
         found: Answers = _hidden(hidden[scored], store.hidden_dtype)
     else:
         parts: list[Answers] = []
-        for rows, log_p in _log_probs(hidden, Projection(hidden, head), scored, _vocabulary(head), chunk_size):
-            about = _facts(log_p, labels[rows])
+        for rows, logits in _logits(hidden, Projection(hidden, head), scored, _vocabulary(head), chunk_size):
+            about = _Distributions(logits, labels[rows])
             if store.kind == "top_k":
-                parts.append(_top_k(log_p, about, store))
+                parts.append(_top_k(about, store))
             else:
-                parts.append(_draw(log_p, about, Keys(*(part[rows] for part in keys)), store, seed))
+                parts.append(_draw(about, Keys(*(part[rows] for part in keys)), store, seed))
         found = concatenate(parts)
     starts = keys.starts()
     for start, stop in zip(starts, [*starts[1:], len(keys.places)], strict=True):
@@ -74,10 +74,10 @@ def _vocabulary(head: torch.nn.Module) -> Vocabulary | None:
     return found
 
 
-def _log_probs(
+def _logits(
     hidden: Tensor, projection: Projection, scored: Tensor, vocabulary: Vocabulary | None, chunk_size: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Of some scored positions at a time: which they are, and log p, [n, v], of the whole vocabulary on each rank."""
+    """Of some scored positions at a time: which they are, and [n, v], of the whole vocabulary on each rank."""
     size = projection.vocab_size if vocabulary is None else vocabulary.ranks * vocabulary.block
     step = chunk_size or default_chunk_size(size, size, hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -86,7 +86,7 @@ def _log_probs(
         logits = projection.logits(positions, hidden.new_empty(len(positions), projection.vocab_size, dtype=dtype))
         if vocabulary is not None:
             logits = _joined(logits, vocabulary)
-        yield slice(start, start + step), projection.activation.of(logits).log_softmax(-1)
+        yield slice(start, start + step), projection.activation.apply(logits)[0]
 
 
 def _joined(part: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -97,45 +97,70 @@ def _joined(part: Tensor, vocabulary: Vocabulary) -> Tensor:
     return parts.transpose(0, 1).flatten(1)[:, : vocabulary.teacher_size]
 
 
-def _facts(log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What is known of a whole distribution, [n] each."""
-    return {
-        "entropy": -(log_p.exp() * log_p.clamp(min=-1e38)).sum(-1),  # where p is 0, so is the product
-        "label_log_probs": log_p.gather(-1, labels[:, None])[:, 0],
-    }
+class _Distributions:
+    """Of n positions. What crosses the vocabulary is as little as there can be: it is what asking adds to the forward.
+
+    Args:
+        logits: [n, v]; overwritten.
+        labels: [n].
+
+    Attributes:
+        below: [n, v], logits less the largest of the row.
+        weights: [n, v], exponentials of these.
+        total: [n, 1], their sum.
+        facts: what is known of a whole distribution, [n] each.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor):
+        largest = logits.amax(-1, keepdim=True)
+        self.below = logits.sub_(largest).clamp_(min=-1e38)  # not -inf, of which 0 times is no number
+        self.weights = self.below.exp()
+        self.total = self.weights.sum(-1, keepdim=True)
+        mean = (self.weights * self.below).sum(-1) / self.total[:, 0]
+        self.facts = {
+            "entropy": self.total[:, 0].log() - mean,
+            "label_log_probs": self.log_probs(labels[:, None])[:, 0],
+        }
+
+    def log_probs(self, ids: Tensor) -> Tensor:
+        """[n, k] of tokens."""
+        return self.below.gather(-1, ids) - self.total.log()
 
 
-def _top_k(log_p: Tensor, facts: dict[str, Tensor], store: StoreConfig) -> TopK:
-    log_probs, ids = log_p.topk(min(store.top_k, log_p.shape[-1]))  # [n, k], descending
+def _top_k(of: _Distributions, store: StoreConfig) -> TopK:
+    ids = of.below.topk(min(store.top_k, of.below.shape[-1])).indices  # [n, k], likeliest first
+    log_probs = of.log_probs(ids)
+    kept = ids
     if store.top_p is not None:
         before = log_probs.exp().cumsum(-1).roll(1, -1)  # the mass of those that are likelier
         before[:, 0] = 0
         is_kept = before < store.top_p
         width = int(is_kept.sum(-1).max())
         log_probs, ids, is_kept = log_probs[:, :width], ids[:, :width], is_kept[:, :width]
-        # Not 1 - sum p, of which rounding is all that is left.
-        log_rest = log_p.scatter(-1, torch.where(is_kept, ids, ids[:, :1]), -torch.inf).logsumexp(-1)
+        kept = torch.where(is_kept, ids, ids[:, :1])
         log_probs, ids = log_probs.masked_fill(~is_kept, -torch.inf), ids.masked_fill(~is_kept, -1)
-    else:
-        log_rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    return TopK(_numpy(ids, np.int32), _numpy(log_probs), _numpy(log_rest), **{k: _numpy(v) for k, v in facts.items()})
+    # Not 1 - sum p, of which rounding is all that is left.
+    log_rest = (of.weights.scatter_(-1, kept, 0).sum(-1) / of.total[:, 0]).log()
+    facts = {name: _numpy(values) for name, values in of.facts.items()}
+    return TopK(_numpy(ids, np.int32), _numpy(log_probs), _numpy(log_rest), **facts)
 
 
-def _draw(log_p: Tensor, facts: dict[str, Tensor], keys: Keys, store: StoreConfig, seed: int) -> Samples:
+def _draw(of: _Distributions, keys: Keys, store: StoreConfig, seed: int) -> Samples:
     """Draws from p^power / Z, by the inverse of its distribution function."""
+    weights = of.weights if store.sampling_power == 1 else (store.sampling_power * of.below).exp_()
     # In float64, whose sums over a vocabulary do not lose the unlikely ones.
-    log_proposal = (store.sampling_power * log_p.double()).log_softmax(-1)
-    mass = log_proposal.exp().cumsum(-1)  # [n, v]
+    mass = weights.cumsum(-1, dtype=torch.float64)  # [n, v]
     numbers = torch.from_numpy(_numbers(keys, store.num_samples, seed)).to(mass.device)  # [n, num_samples]
-    draws = torch.searchsorted(mass, numbers * mass[:, -1:], right=True).clamp(max=log_p.shape[-1] - 1)
+    draws = torch.searchsorted(mass, numbers * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
     log_ratios = None
     if store.sampling_power != 1:
-        log_ratios = _numpy((log_p - log_proposal).gather(-1, draws))
+        log_proposal = store.sampling_power * of.below.gather(-1, draws) - mass[:, -1:].log()
+        log_ratios = _numpy(of.log_probs(draws) - log_proposal)
     return Samples.from_draws(
         _numpy(draws, np.int32),
         log_ratios,
-        top_ids=_numpy(log_p.argmax(-1), np.int32),
-        **{name: _numpy(values) for name, values in facts.items()},
+        top_ids=_numpy(of.below.argmax(-1), np.int32),
+        **{name: _numpy(values) for name, values in of.facts.items()},
     )
 
 

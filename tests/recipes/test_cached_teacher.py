@@ -162,7 +162,8 @@ def test_an_interrupted_run_goes_on(
     assert ended.value.code == 128 + signal.SIGINT
     assert "SIGINT: the same command adds what is missing." in capsys.readouterr().out
     added = len(TeacherCache(folder))
-    assert added == add.count == 3
+    assert added == add.count
+    assert added in (3, 6), "the batch that was being written, and the one that was asked about meanwhile"
     cache(tiny, folder)
     assert f"{10 - added} examples to ask about" in capsys.readouterr().out
     assert_same_answers(whole, folder)
