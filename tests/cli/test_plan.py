@@ -159,6 +159,7 @@ def test_moments_in_few_bits_round_no_weights_unless_they_must(
     assert f"  optimizer.name=adamw_8bit {precision}\n" in out
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met(argv: list[str], kdtune: Run) -> None:
     status, out, err = kdtune(*argv, "--budget=0.0001", "--json")
     assert (status, err) == (0, "")

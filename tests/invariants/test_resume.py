@@ -329,7 +329,7 @@ assert run(argv) == 0
 @pytest.mark.parametrize(
     ("kills", "in_background"),
     [
-        ("operations", "true"),
+        pytest.param("operations", "true", marks=pytest.mark.slow),
         ("5", "false"),
         pytest.param("operations", "false", marks=pytest.mark.slow),
         pytest.param("60", "false", marks=pytest.mark.slow),

@@ -20,6 +20,7 @@ from kdtune import distributed, planning
 from kdtune.models import from_hf_config, parameter_shapes
 from kdtune.planning import Plan
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 CHECKPOINTING = "enable_activation_checkpointing=true"
 KEPT = "parallel.reshard_after_forward=false"
 CASES = {
@@ -104,7 +105,7 @@ def num_bytes(config: dict[str, Any], *, layers: bool) -> int:
     return sum(2 * math.prod(shape) for name, shape in shapes.items() if (name not in kept) == layers)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [slow("cpu"), "cuda"])
 def test_parts_of_a_shared_model(device: str, tmp_path: Path) -> None:
     """What docs/distributed.md says of 4 processes, and of 16 on 4 nodes that hold a model each."""
     overrides = [f"device={device}", "dtype=bf16", "gradient_accumulation_steps=3"]
@@ -138,9 +139,9 @@ def test_parts_of_a_shared_model(device: str, tmp_path: Path) -> None:
     "overrides",
     [
         ["parallel.tensor=2", "parallel.context=2", "dtype=fp32"],
-        ["parallel.pipeline=2", "gradient_accumulation_steps=3"],
-        ["optimizer_in_bwd=true", "clip_grad_norm=null", "qat.weights=int8"],
-        ["lora.rank=4", "lora.use_dora=true", "checkpointer.random_weights=false"],
+        slow(["parallel.pipeline=2", "gradient_accumulation_steps=3"]),
+        slow(["optimizer_in_bwd=true", "clip_grad_norm=null", "qat.weights=int8"]),
+        slow(["lora.rank=4", "lora.use_dora=true", "checkpointer.random_weights=false"]),
     ],
 )
 def test_parts_in_host_memory(overrides: list[str], tmp_path: Path) -> None:

@@ -229,7 +229,9 @@ def test_adapters_of_a_pair_learn_from_the_same_rows(name: str) -> None:
     assert bool(found["lora"]["base_quantization"]) == name.endswith("qlora")
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("smollm2/") else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTED]
+)
 def test_dry_run_of_an_adapter(name: str, workplace: Path, read_once: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = catalog.find_config(name, ADAPTED[name])
     folders = dict(
