@@ -328,12 +328,13 @@ def check_saving(cfg: Any, ranks: Ranks, model: ModelConfig) -> str:
     return f"; checkpoints are written from a copy, {format_bytes(needed)} of host memory"
 
 
-def check_disk_space(folder: Path, needed: int) -> None:
-    """Refuse a run whose checkpoints will not fit.
+def check_disk_space(folder: Path, needed: int, *, has_checkpoints: bool = True) -> None:
+    """Refuse a run whose results will not fit.
 
     Args:
         folder: where they go; need not exist yet.
         needed: bytes.
+        has_checkpoints: whether there are any beside the finished model.
 
     Raises:
         PermissionError: nothing can be written there.
@@ -347,9 +348,9 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"output_dir {folder} will need {format_bytes(needed)} for checkpoints and the finished model, and its "
-            f"disk has {format_bytes(free)} free. Choose another output_dir, or keep no checkpoints "
-            "(save_every_n_steps=0)."
+            f"output_dir {folder} will need {format_bytes(needed)} for {'checkpoints and ' * has_checkpoints}the "
+            f"finished model, and its disk has {format_bytes(free)} free. Choose another output_dir"
+            + (", or keep no checkpoints (save_every_n_steps=0)." if has_checkpoints else ".")
         )
 
 

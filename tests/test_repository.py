@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "context_parallel": {"models"},
     "tensor_parallel": {"dtensors", "losses", "models"},
     "dtensors": set[str](),
+    "pruning": {"config", "data", "models"},
     "generation": {"config", "documents", "models", "tokenizers"},
     "cli": {"cli", "config", "data", "launching", "memory", "planning"},
     "launching": {"distributed"},

@@ -18,13 +18,23 @@ from kdtune.checkpoint.start import (
     check_start,
     load_start,
 )
-from kdtune.checkpoint.state import Run, check_resume, is_started_again, latest, prepare_output_dir
+from kdtune.checkpoint.state import (
+    Run,
+    begin,
+    check_resume,
+    is_started_again,
+    latest,
+    prepare_output_dir,
+    record,
+    write_aside,
+)
 
 __all__ = [
     "CheckpointerConfig",
     "ModelWriter",
     "Run",
     "StartCheckpointerConfig",
+    "begin",
     "check_files",
     "check_lora",
     "check_model",
@@ -39,7 +49,9 @@ __all__ = [
     "read_adapter",
     "read_companions",
     "read_config",
+    "record",
     "save_adapter",
     "save_model",
     "select_layers",
+    "write_aside",
 ]

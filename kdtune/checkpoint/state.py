@@ -58,7 +58,7 @@ class Trained(Protocol):
 STATE_FILE = "training_state.pt"
 _MARK = "versions.json"  # written before all else, so that a folder without it holds no run
 _FINISHED = ("model", "adapter")
-_RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "profile", "metrics.jsonl")
+_RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "profile", "metrics.jsonl", "importance.json")
 _WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
 _FOLDER = re.compile(r"step_(\d+)")
 
@@ -193,10 +193,7 @@ class Run:
         self._parts = parts
         self._background = Background(ranks)
         if ranks.is_first:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            if resume_from is None:
-                _clear(output_dir)  # before the mark says whose run this is
-            _write_mark(output_dir)
+            begin(output_dir, clear=resume_from is None)
         ranks.wait()
         if resume_from is not None:
             state = _read_state(resume_from, mmap=ranks.size > 1)
@@ -293,11 +290,8 @@ class Run:
 
     def record(self, config_yaml: str, recipe: Path) -> None:
         """Leave what reproduces the run beside the versions: the resolved settings and the recipe's source."""
-        if not self._ranks.is_first:
-            return
-        (self.output_dir / "config.yaml").write_text(config_yaml)
-        # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
-        (self.output_dir / "recipe.py").write_bytes(recipe.read_bytes())
+        if self._ranks.is_first:
+            record(self.output_dir, config_yaml, recipe)
 
     def not_finite(self, step: int, loss: float, grad_norm: float, *, applied: bool = False) -> FloatingPointError:
         """The error for a loss or a gradient that is not a number, in a step that is still to be applied or is not."""
@@ -310,6 +304,26 @@ class Run:
             f"step could recover from it. {kept} Usual causes: a learning rate that is too high, a warm-up "
             "that is too short, broken weights."
         )
+
+
+def begin(output_dir: Path, *, clear: bool = True) -> None:
+    """Make the folder of a run, and say whose it is.
+
+    Args:
+        output_dir: as `prepare_output_dir` found it.
+        clear: delete what an earlier run wrote there.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if clear:
+        _clear(output_dir)  # before the mark says whose run this is
+    _write_mark(output_dir)
+
+
+def record(output_dir: Path, config_yaml: str, recipe: Path) -> None:
+    """Leave what reproduces a run in its folder: the resolved settings and the recipe's source."""
+    (output_dir / "config.yaml").write_text(config_yaml)
+    # Not shutil.copyfile, which refuses when the recorded recipe is itself what runs.
+    (output_dir / "recipe.py").write_bytes(recipe.read_bytes())
 
 
 def write_aside(folder: Path, write: Callable[[Path], None], ranks: Ranks = ALONE) -> Path:
