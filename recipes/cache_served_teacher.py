@@ -3,7 +3,8 @@
     vllm serve models/Llama-3.1-405B-Instruct --tensor-parallel-size 8 --max-logprobs 64 --no-enable-prefix-caching
     kdtune run cache_served_teacher server.url=http://node1:8000 teacher_dir=models/Llama-3.1-405B-Instruct \
         dataset.source=rows.jsonl dataset.format=chat output_dir=caches/405B
-    kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD teacher.cache_dir=caches/405B
+    kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD \
+        teacher_checkpointer=null teacher.cache_dir=caches/405B
 
 Of each labelled token the server tells the `store.top_k` likeliest and their log-probabilities, from which that of all
 others together follows. Prompts are token ids, and every answer is held against them, token by token. What `output_dir`

@@ -40,6 +40,7 @@ class StandIn:
         self.under_way = self.most_at_once = 0
         self.key: str | None = None
         self.slowness = 0.0  # seconds that an answer takes
+        self.retry_after = 0  # seconds that it asks for with 503
         self.lock = threading.Lock()
 
     @torch.no_grad()
@@ -143,6 +144,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         if status == 503:
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", str(self.teacher.retry_after))
         self.end_headers()
         self.wfile.write(text[: len(text) // 2] if half else text)

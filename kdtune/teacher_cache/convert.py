@@ -12,12 +12,13 @@ import numpy as np
 
 from kdtune import checkpoint, tokenizers
 from kdtune.data.ids import example_ids
+from kdtune.teacher_cache.answers import TopK
 from kdtune.teacher_cache.card import Card, Teacher
 from kdtune.teacher_cache.config import StoreConfig
 from kdtune.teacher_cache.likeliest import Entries, check_kind, keep_likeliest
 from kdtune.teacher_cache.store import TeacherCache, Writer, write_tokenizer
 
-_ENOUGH = 200  # labelled tokens that tell whether likely tokens are those of their place
+_ENOUGH, _FEW = 200, 10  # places that tell whether likely tokens are theirs; and hits that may be chance
 
 
 class _Example(NamedTuple):
@@ -128,56 +129,71 @@ def _convert(
     card: Card,
     tokenizer: str | Path,
 ) -> TeacherCache:
-    places = _Places()
     with Writer(folder, card) as writer:
         write_tokenizer(folder, checkpoint.read_companions(tokenizer))
-        for where, row in _rows(files):
-            try:
-                example = read(row)
-                if not any(example.is_label):
-                    continue
-                scored = [i for i, is_scored in enumerate(example.is_label) if is_scored]
-                if unknown := [i for i in scored if not example.entries[i]]:
-                    raise ValueError(f"nothing is said about its token {unknown[0]}, which has a label")
-                places.count(example, scored)
-                (example_id,) = example_ids(
-                    np.array(example.tokens, np.int32), np.array(example.is_label), np.array([len(example.tokens)])
-                )
-                entries = [example.entries[i] or {} for i in scored]
-                labels = [example.tokens[i] for i in scored]
-                found = keep_likeliest(entries, labels, card.store, card.vocab_size, may_be_fewer=True)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ValueError(f"{where} cannot be used: {kind}{error}.") from None
-            writer.add(int(example_id), found)
+        for example_id, answers in _in_place(_answers(files, read, card)):
+            writer.add(example_id, answers)
     return TeacherCache(folder)
 
 
-class _Places:
-    """Whether likely tokens are those of their place: a teacher knows most tokens where they are, and few beside."""
+def _answers(
+    files: Sequence[str | Path], read: Callable[[dict[str, Any]], _Example], card: Card
+) -> Iterator[tuple[int, TopK, np.ndarray]]:
+    """Of each row with a label the id, the answers, and how many tokens are among what is likely beside their place.
 
-    def __init__(self) -> None:
-        self._found = np.zeros(3, np.int64)  # labels among the likely tokens before, at and after their place
-        self._total = 0
+    These are [4]: the tokens before, at and after the places that have both neighbours, and how many places these are.
+    """
+    for where, row in _rows(files):
+        try:
+            tokens, is_label, entries = read(row)
+            scored = [i for i, is_scored in enumerate(is_label) if is_scored]
+            if not scored:
+                continue
+            if unknown := [i for i in scored if not entries[i]]:
+                raise ValueError(f"nothing is said about its token {unknown[0]}, which has a label")
+            (example_id,) = example_ids(np.array(tokens, np.int32), np.array(is_label), np.array([len(tokens)]))
+            likely = {i: entries[i] or {} for i in scored}
+            labels = [tokens[i] for i in scored]
+            found = keep_likeliest(list(likely.values()), labels, card.store, card.vocab_size, may_be_fewer=True)
+            inner = [i for i in scored if 1 < i < len(tokens) - 1]
+            beside = [sum(tokens[i + step] in likely[i] for i in inner) for step in (-1, 0, 1)]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{where} cannot be used: {kind}{error}.") from None
+        yield int(example_id), found, np.array([*beside, len(inner)])
 
-    def count(self, example: _Example, scored: Sequence[int]) -> None:
-        """Look at one example more.
 
-        Raises:
-            ValueError: by now it is clear that they are not.
-        """
-        inner = [i for i in scored if i > 1 and i + 1 < len(example.tokens)]
-        for i in inner:
-            entries = example.entries[i] or {}
-            self._found += [example.tokens[j] in entries for j in (i - 1, i, i + 1)]
-        self._total += len(inner)
-        before, here, after = self._found.tolist()
-        if self._total >= _ENOUGH and max(before, after) > here:
-            most, side = max((before, "before"), (after, "after"))
-            raise ValueError(
-                f"of {self._total} places so far, {here} have their token among the likely ones, and {most} have the "
-                f"token {side} it: the lists are shifted by one"
-            )
+def _in_place(answers: Iterable[tuple[int, TopK, np.ndarray]]) -> Iterator[tuple[int, TopK]]:
+    """The answers, once the first of them have been seen to be those of their places.
+
+    A teacher knows most tokens where they are, and few beside.
+
+    Raises:
+        ValueError: they are not.
+    """
+    held: list[tuple[int, TopK]] = []
+    seen = np.zeros(4, np.int64)
+    for example_id, found, beside in answers:
+        held.append((example_id, found))
+        if seen[3] < _ENOUGH:
+            seen += beside
+            if seen[3] < _ENOUGH:
+                continue
+            _check_places(*seen.tolist())
+        yield from held
+        held.clear()
+    if held:
+        _check_places(*seen.tolist())
+        yield from held
+
+
+def _check_places(before: int, here: int, after: int, count: int) -> None:
+    most, side = max((before, "before"), (after, "after"))
+    if most > here and most >= _FEW:
+        raise ValueError(
+            f"The likely tokens are shifted by one: of the first {count} places {here} have their own token among "
+            f"them, and {most} have the token {side} it. No answer is kept."
+        )
 
 
 def _rows(files: Sequence[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:

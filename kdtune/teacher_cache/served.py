@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from kdtune.teacher_cache.config import StoreConfig
 from kdtune.teacher_cache.likeliest import Entries, check_kind, keep_likeliest
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before a request is sent again
+_SAME = 0.01  # nats by which one number may differ from itself
 _TRY_AGAIN = (408, 425, 429)  # and all from 500
 
 
@@ -115,10 +116,10 @@ class ServedTeacher:
                 waiting.add(pool.submit(self._answer, question))
                 if len(waiting) >= 2 * self._cfg.concurrency:  # as many are parsed, or are next
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                    yield from _results(done)
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                yield from _results(done)
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -155,13 +156,12 @@ class ServedTeacher:
         max_retries = self._cfg.max_retries if max_retries is None else max_retries
         url = self._cfg.url.rstrip("/") + path
         data = None if body is None else json.dumps(body).encode()
-        pause = _FIRST_WAIT
+        pause, asked = _FIRST_WAIT, 0.0
         for attempt in range(max_retries + 1):
-            if attempt:
-                self._sleep(pause * random.uniform(0.5, 1))  # apart from the others that have failed at this moment
-                pause = min(2 * pause, _LONGEST_WAIT)
+            if attempt:  # apart from the others that have failed at this moment
+                self._sleep(max(asked, pause * random.uniform(0.5, 1)))
+                pause, asked = min(2 * pause, _LONGEST_WAIT), 0.0
             self._wait_for_turn()
-            asked = 0.0
             try:
                 with urllib.request.urlopen(
                     urllib.request.Request(url, data, self._headers), timeout=self._cfg.timeout_s
@@ -174,10 +174,9 @@ class ServedTeacher:
                 if error.code < 500 and error.code not in _TRY_AGAIN:
                     raise ValueError(f"{url} refuses a request: {failure}{self._hint(error.code)}") from None
                 given = error.headers.get("Retry-After", "")
-                asked = float(given) if given.isdecimal() else 0.0
+                asked = float(given) if given.isdecimal() else 0.0  # seconds; a date is rare
             except (OSError, http.client.HTTPException, ValueError) as error:  # the last: half of an answer
                 failure = f"{type(error).__name__}: {error}"
-            pause = max(pause, asked)
         times = f", {max_retries + 1} times, at last" if max_retries else ""
         raise OSError(
             f"{url} could not be asked{times}: {failure}. What was answered before is kept: start again when the "
@@ -227,7 +226,19 @@ def _of_sglang(answer: Any, tokens: Sequence[int], places: Sequence[int]) -> lis
     for place, (_, token, *_) in enumerate(own, start):
         if token != tokens[place]:
             raise ValueError(f"at place {place} it is about the token {token}, and {tokens[place]} is there.")
-    return [{token: value for value, token, *_ in (*top[place - start], own[place - start])} for place in places]
+    rows: list[Entries] = []
+    for place in places:
+        likely = {token: value for value, token, *_ in top[place - start]}
+        value, token, *_ = own[place - start]
+        if abs(likely.setdefault(token, value) - value) > _SAME:
+            raise ValueError(f"at place {place} its two lists disagree about the token {token}.")
+        rows.append(likely)
+    return rows
+
+
+def _results(done: Iterable[Future[tuple[int, TopK]]]) -> Iterator[tuple[int, TopK]]:
+    """Of all that have one, and only then the error of another."""
+    yield from (future.result() for future in sorted(done, key=lambda future: future.exception() is not None))
 
 
 def check_server(cfg: ServerConfig, store: StoreConfig) -> None:

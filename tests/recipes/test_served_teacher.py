@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,30 @@ def test_it_gives_up_and_goes_on_later(server: tuple[StandIn, str], tiny: Path, 
     assert len(stand_in.prompts) == tiny_runs.NUM_ROWS - len(kept), "nothing was missing"
 
 
+def test_a_signal(server: tuple[StandIn, str], tiny: Path, tmp_path: Path) -> None:
+    stand_in, url = server
+
+    def stop(answer: Any) -> Any:
+        if len(stand_in.prompts) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    stand_in.change = stop
+    with pytest.raises(SystemExit) as raised:
+        ask(tiny, url, tmp_path / "cache", "server.concurrency=1")
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert 0 < len(TeacherCache(tmp_path / "cache")) < tiny_runs.NUM_ROWS
+    ask(tiny, url, tmp_path / "cache")
+    assert len(TeacherCache(tmp_path / "cache")) == tiny_runs.NUM_ROWS
+
+
+def test_a_wait_that_the_server_asks_for(server: tuple[StandIn, str], tiny: Path, tmp_path: Path) -> None:
+    stand_in, url = server
+    stand_in.failures, stand_in.retry_after = ["503"], 1
+    ask(tiny, url, tmp_path / "cache", "server.concurrency=1")
+    assert stand_in.times[1] - stand_in.times[0] >= 0.95
+
+
 def test_rate_and_concurrency(server: tuple[StandIn, str], tiny: Path, tmp_path: Path) -> None:
     stand_in, url = server
     stand_in.slowness = 0.05
@@ -179,6 +205,15 @@ def of_others(answer: Any) -> Any:
     return answer
 
 
+def later(answer: Any) -> Any:
+    meta = copy.deepcopy(answer["meta_info"])
+    meta["input_top_logprobs"] = [
+        None,
+        *[[[-1.0, id, None] for id in range(2000)]] * (len(meta["input_top_logprobs"]) - 1),
+    ]
+    return {"meta_info": meta}
+
+
 def fewer(answer: Any) -> Any:
     answer["meta_info"]["input_top_logprobs"] = [top and top[:5] for top in answer["meta_info"]["input_top_logprobs"]]
     return answer
@@ -194,6 +229,7 @@ def fewer(answer: Any) -> Any:
         ("vllm", lambda answer: {"choices": [{"text": "x"}]}, "another form than that of server.kind=vllm"),
         ("vllm", lambda answer: {"choices": [{"prompt_logprobs": None}]}, "it is about 0 tokens"),
         ("sglang", of_others, "it is about the token"),
+        ("sglang", later, r"at place \d+ its two lists disagree about the token"),
         ("sglang", fewer, "it has [56] likely tokens, and store.top_k=8 asks for 8"),
         ("sglang", lambda answer: {"text": "x"}, "another form than that of server.kind=sglang"),
     ],

@@ -139,7 +139,8 @@ def test_fewer_are_kept_if_wanted_and_more_files_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_lists_that_are_shifted_by_one(form: str, shift: int, tmp_path: Path) -> None:
     convert, rows_of = FORMS[form]
-    rows = rows_of(Text(known=12.0))
+    text = Text(known=12.0)
+    rows = rows_of(text)
     for row in rows:
         for name in {"topk_logits", "topk_token_ids", "log_sum_exp_logits", "target_logprobs", "target_token_ids"} & {
             *row
@@ -147,8 +148,10 @@ def test_lists_that_are_shifted_by_one(form: str, shift: int, tmp_path: Path) ->
             row[name] = np.roll(np.array(row[name]), shift, axis=0).tolist()
         if "logprobs" in row:
             row["logprobs"] = [*row["logprobs"][-shift:], *row["logprobs"][:-shift]]
-    with pytest.raises(ValueError, match=r"line \d+, cannot be used: .*shifted by one|no log-prob|nothing is said"):
+    with pytest.raises(ValueError, match=r"shifted by one: of the first \d+ places|no log-prob|nothing is said"):
         convert([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache", **settings())
+    assert len(TeacherCache(tmp_path / "cache")) == 0
+    convert([write(tmp_path / "rows.jsonl", rows_of(text))], tmp_path / "cache", **settings())
 
 
 @pytest.mark.parametrize(
