@@ -57,7 +57,8 @@ MAY_IMPORT = {
     "dtensors": set[str](),
     "pruning": {"config", "data", "models"},
     "generation": {"config", "documents", "models", "tokenizers"},
-    "cli": {"cli", "config", "data", "launching", "memory", "planning"},
+    "conversion": set[str](),
+    "cli": {"cli", "config", "conversion", "data", "launching", "memory", "planning"},
     "launching": {"distributed"},
 }
 

@@ -9,13 +9,14 @@ import kdtune
 from kdtune.cli import catalog
 from kdtune.cli.terminal import visible
 
-# Each is a module of this package with `main(argv)`; only the one that is called is imported.
+# Each is a module of this package, with _ for -, that has `main(argv)`; only the one that is called is imported.
 COMMANDS = {
     "run": "run a recipe",
     "ls": "list the recipes and their configs",
     "cp": "copy a recipe or a config, to change it",
     "cat": "print a recipe or a config",
     "validate": "check a config against its recipe's settings",
+    "convert-config": "bring a config of torchtune's or Model Optimizer's",
     "plan": "say what memory and time a run would take",
     "data": "look at what a run would train on",
     "download": "fetch a model from the Hugging Face hub",
@@ -68,7 +69,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command in ("-V", "--version"):
         print(f"kdtune {kdtune.__version__}")
     elif command in COMMANDS:
-        importlib.import_module(f"kdtune.cli.{command}").main(rest)
+        importlib.import_module(f"kdtune.cli.{command.replace('-', '_')}").main(rest)
     elif not command:
         print(_help(), file=sys.stderr)
         raise SystemExit(2)
@@ -77,7 +78,7 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _help() -> str:
-    return _HELP.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+    return _HELP.format(commands="\n".join(f"  {name:<16}{what}" for name, what in COMMANDS.items()))
 
 
 if __name__ == "__main__":

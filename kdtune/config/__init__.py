@@ -8,7 +8,7 @@ A YAML file cannot import or execute anything, nor read the environment: beside 
 
 from omegaconf import MISSING
 
-from kdtune.config.loading import ASSETS, load, split_overrides, to_yaml
+from kdtune.config.loading import ASSETS, load, read_yaml, split_overrides, to_yaml
 from kdtune.config.schema import Setting, describe, setting
 
-__all__ = ["ASSETS", "MISSING", "Setting", "describe", "load", "setting", "split_overrides", "to_yaml"]
+__all__ = ["ASSETS", "MISSING", "Setting", "describe", "load", "read_yaml", "setting", "split_overrides", "to_yaml"]

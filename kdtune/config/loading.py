@@ -42,7 +42,7 @@ def load(schema: type[T], config: Path | None, overrides: Sequence[str]) -> T:
     cfg = OmegaConf.structured(schema)
     problems: list[str] = []
     if config is not None:
-        _merge(cfg, schema, _read_yaml(config), "", _Reading(schema, f" ({config})", problems))
+        _merge(cfg, schema, read_yaml(config), "", _Reading(schema, f" ({config})", problems))
     for key, text in split_overrides(overrides):
         value: Any = _Text(text)
         for name in reversed(key.split(".")):
@@ -107,7 +107,13 @@ class _Reading:
     problems: list[str]
 
 
-def _read_yaml(path: Path) -> Mapping[Any, Any]:
+def read_yaml(path: Path) -> Mapping[Any, Any]:
+    """What a YAML file holds, as data: interpolations stay texts, and no tag makes an object.
+
+    Raises:
+        ValueError: not YAML, or not a map.
+        FileNotFoundError: no such file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"No config file {path}.")
     try:

@@ -172,7 +172,7 @@ def test_reverse_kl_to_a_top_k_without_a_rest_is_refused(function):
 
 
 def aligner(kd_loss="fwd_kl", kd_loss_weight=1.0, sft_loss_weight=0.0, logits_scale=1.0, target_logits_scale=1.0):
-    """Its settings, as docs/coming_from_nemo_aligner.md translates them."""
+    """Its settings, as docs/coming_from.md translates them."""
     kd = KDLossConfig(
         name={"fwd_kl": "forward_kl", "bwd_kl": "reverse_kl"}[kd_loss],
         weight=2 * kd_loss_weight,

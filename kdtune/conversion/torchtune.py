@@ -1,0 +1,329 @@
+"""Configs of torchtune's recipes knowledge_distillation_single_device and knowledge_distillation_distributed.
+
+Defaults are those of torchtune 0.6.1 and of its repository at commit bd2a0fc7c. Where kdtune's default is another one,
+theirs is written out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from kdtune.conversion.given import Converted, Given
+from kdtune.conversion.torchtune_data import convert_dataset
+
+_CONFIG_JSON = "the architecture is read from config.json in the model's folder."
+_FAMILIES = (
+    "llama2",
+    "code_llama2",
+    "llama3",
+    "llama3_1",
+    "llama3_2",
+    "llama3_3",
+    "mistral",
+    "qwen2",
+    "qwen2_5",
+    "qwen3",
+)
+_ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj", "o_proj": "o_proj"}
+_MLP = ["gate_proj", "up_proj", "down_proj"]
+_DIVERGENCES = {"ForwardKLLoss": "forward_kl", "ReverseKLLoss": "reverse_kl", "SymmetricKLLoss": "symmetric_kl"}
+_CROSS_ENTROPIES = ("CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss")
+_OPTIMIZERS = {
+    **{"AdamW": "adamw", "PagedAdamW": "adamw", "Adam": "adamw"},
+    **{"AdamW8bit": "adamw_8bit", "PagedAdamW8bit": "adamw_8bit", "AdamW4bit": "adamw_4bit", "AdamWFp8": "adamw_fp8"},
+}
+
+
+def names_classes(values: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Mapping) and "_component_" in value for value in values.values())
+
+
+def recognises(values: Mapping[Any, Any]) -> bool:
+    return names_classes(values) and bool({"teacher_model", "teacher_checkpointer", "kd_loss"} & values.keys())
+
+
+def convert(values: Mapping[Any, Any]) -> Converted:
+    result = Converted("torchtune")
+    given = Given(values, result)
+    student_dir = _checkpointer(given, "checkpointer", "output_dir" in given)
+    _checkpointer(given, "teacher_checkpointer")
+    _student(given)
+    _teacher(given.section("teacher_model"))
+    turns = _tokenizer(given, student_dir)
+    convert_dataset(given.take("dataset"), result, turns)
+    _length(given)
+    _objective(given)
+    _optimizer(given)
+    _run(given)
+    _logging(given)
+    given.close()
+    return result
+
+
+def component(given: Given) -> tuple[str, str]:
+    """The last two names of `_component_`: the module that a function or class is in, and its own."""
+    *_, module, name = ["", "", *str(given.peek("_component_")).split(".")]
+    return module, name
+
+
+def listed(value: Any) -> list[str]:
+    """The names of a list, of one name, or of {filename_format: ..., max_filename: ...}."""
+    names = list(value.values()) if isinstance(value, Mapping) else value or []
+    return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _checkpointer(given: Given, role: str, has_output_dir: bool = True) -> str:
+    """A model's folder, returned."""
+    section = given.section(role)
+    folder = str(section.take("checkpoint_dir", ""))
+    if folder:
+        given.result.settings[f"{role}.checkpoint_dir"] = folder
+    else:
+        given.result.wanted.append(f"{role}.checkpoint_dir")
+    if component(section)[1] == "FullModelHFCheckpointer":
+        section.tell("unneeded", "_component_", "a model's folder is read as Hugging Face writes it.")
+    section.tell("lost", "_component_", "kdtune reads Hugging Face folders alone: name one in checkpoint_dir.")
+    names = [name for name in listed(section.peek("checkpoint_files")) if "." in name]
+    if all(name.endswith(".safetensors") for name in names):
+        section.tell("unneeded", "checkpoint_files", "every *.safetensors of the folder is read.")
+    why = "kdtune reads the *.safetensors of the folder, and these are written by torch.save: save them again."
+    section.tell("lost", "checkpoint_files", why)
+    section.tell("unneeded", "model_type", _CONFIG_JSON)
+    section.tell("unneeded", "safe_serialization", "a model is always written as safetensors.")
+    resuming = "a run of torchtune cannot be continued; kdtune finds the newest checkpoint in output_dir by itself."
+    for name in ("recipe_checkpoint", "adapter_checkpoint", "should_load_recipe_state", "resume_from_checkpoint"):
+        section.tell("lost" if section.peek(name) else "unneeded", name, resuming)
+    if role == "checkpointer" and not has_output_dir:
+        section.copy("output_dir", "output_dir")
+    section.tell("unneeded", "output_dir", "everything is written to the run's own output_dir.")
+    section.close()
+    return folder
+
+
+def _student(given: Given) -> None:
+    section = given.section("model")
+    settings = given.result.settings
+    builder = _architecture(section)
+    if not ("lora" in builder or "lora_attn_modules" in section or "lora_rank" in section):
+        section.close(f"kdtune has no such setting; {_CONFIG_JSON}")
+        return
+    settings["lora.rank"] = section.take("lora_rank", 8)
+    settings["lora.alpha"] = section.take("lora_alpha", 16)
+    section.copy("lora_dropout", "lora.dropout")
+    section.copy("use_dora", "lora.use_dora")
+    attention = listed(section.take("lora_attn_modules"))
+    targets = [ours for name, ours in _ATTENTION.items() if name in attention]
+    if unknown := [name for name in attention if name not in _ATTENTION]:
+        section.note("lost", "lora_attn_modules", unknown, "no layer of attention is called so.")
+    targets += _MLP if section.take("apply_lora_to_mlp", False) else []
+    if len(targets) == 7:
+        targets = ["all-linear"]
+    settings["lora.target_modules"] = targets + (["lm_head"] if section.take("apply_lora_to_output", False) else [])
+    if section.take("quantize_base", builder.startswith("qlora")):
+        settings["lora.base_quantization"] = "nf4"
+    settings["lora.save_merged"] = not given.take("save_adapter_weights_only", False)
+    section.close(f"kdtune has no such setting; {_CONFIG_JSON}")
+
+
+def _architecture(section: Given) -> str:
+    """The builder's name, after telling whether kdtune has such models."""
+    path = str(section.peek("_component_"))
+    found = re.match(r"torchtune\.models\.(\w+)\.", path)
+    if found and found[1] not in _FAMILIES:
+        has = "it has Llama 1 to 3.3, Mistral, Qwen 1.5 to 3 (dense) and SmolLM2."
+        section.tell("lost", "_component_", f"kdtune has no models of the family {found[1]}: {has}")
+    section.tell("unneeded", "_component_", _CONFIG_JSON)
+    return path.rpartition(".")[2]
+
+
+def _teacher(section: Given) -> None:
+    _architecture(section)
+    section.close(f"kdtune reads the teacher as it is in its folder, and {_CONFIG_JSON}")
+
+
+def _tokenizer(given: Given, student_dir: str) -> str:
+    """Returns the module of the tokenizer, which knows the turns that it puts questions into; "" if it has none."""
+    section = given.section("tokenizer")
+    family, _ = component(section)
+    section.tell("unneeded", "_component_", "the folder says which tokenizer it has.")
+    for name in ("path", "tokenizer_json_path", "tokenizer_config_json_path", "merges_file", "special_tokens_path"):
+        path = section.peek(name)
+        if path is None:
+            section.tell("unneeded", name, "the tokenizer's folder is read.")
+        elif student_dir and PurePosixPath(str(path)).is_relative_to(student_dir):
+            section.tell("unneeded", name, "the tokenizer is read from the student's folder.")
+        elif name in ("path", "tokenizer_json_path"):
+            section.copy(name, "tokenizer.path")
+        else:
+            section.tell("unneeded", name, "it is read from beside tokenizer.path.")
+    section.tell("unneeded", "generation_config_path", "the ids that end a text are read from the student's folder.")
+    if section.peek("truncation_type") in (None, "right"):
+        section.tell("unneeded", "truncation_type", "rows that are too long keep their beginning here, too.")
+    is_default = "prompt_template" not in section
+    template = section.peek("prompt_template")
+    section.copy("max_seq_len")
+    why = "a prompt's text is dataset.prompt_template, that of a chat dataset.chat_template."
+    section.tell("unneeded" if template is None else "lost", "prompt_template", why)
+    section.close()
+    return family if is_default or family not in ("llama2", "mistral") else ""
+
+
+def _length(given: Given) -> None:
+    if "tokenizer.max_seq_len" not in given.result.settings:
+        why = "rows are of any length there; here tokenizer.max_seq_len is 2,048 unless given, and longer rows are cut."
+        given.note("different", "tokenizer.max_seq_len", None, why)
+
+
+def _objective(given: Given) -> None:
+    settings = given.result.settings
+    given.copy("kd_ratio")
+    loss = given.section("kd_loss")
+    name = _DIVERGENCES.get(component(loss)[1].replace("WithChunkedOutput", ""))
+    if name is None:
+        why = (
+            "kdtune has no loss of that name, and takes forward_kl; kd_loss.name has eight, and a recipe can be edited."
+        )
+        loss.tell("lost", "_component_", why)
+    else:
+        settings["kd_loss.name"] = name
+    if name in ("forward_kl", "symmetric_kl"):
+        why = "the teacher's entropy is not left out: same gradient, lower number, 0 when both models agree."
+        loss.tell("different", "_component_", why)
+    if name == "symmetric_kl":
+        loss.copy("sym_kd_ratio", "kd_loss.beta")
+    loss.take("_component_")
+    cross_entropy = given.section("loss")
+    is_same = component(cross_entropy)[1] in _CROSS_ENTROPIES
+    cross_entropy.tell("unneeded" if is_same else "lost", "_component_", "the loss on the labels is the cross-entropy.")
+    cross_entropy.copy("label_smoothing", "ce_loss.label_smoothing")
+    for section in (loss, cross_entropy):
+        section.tell("unneeded", "num_output_chunks", "loss_chunk_size is found by itself, and changes no number.")
+        if section.peek("ignore_index") == -100:
+            section.tell("unneeded", "ignore_index", "it is always -100.")
+        section.close()
+
+
+def _optimizer(given: Given) -> None:
+    settings = given.result.settings
+    section = given.section("optimizer")
+    kind = component(section)[1]
+    if kind in _OPTIMIZERS:
+        settings["optimizer.name"] = _OPTIMIZERS[kind]
+    else:
+        why = "kdtune has AdamW alone, and takes it; optimizer.name says in how many bits."
+        section.tell("lost", "_component_", why)
+    if kind.startswith("Paged"):
+        why = "moments stay on the device. optimizer.offload=true, with optimizer.name=adamw, keeps them in the host."
+        section.tell("different", "_component_", why)
+    section.take("_component_")
+    settings["optimizer.lr"] = section.take("lr", 1e-3)
+    decay = section.take("weight_decay", 0 if kind == "Adam" else 0.01)
+    settings["optimizer.weight_decay"] = decay
+    if kind == "Adam" and decay:
+        section.note("different", "weight_decay", decay, "Adam adds it to the gradient, AdamW takes it off the weight.")
+    betas = section.peek("betas") if "betas" in section else [0.9, 0.999]
+    if isinstance(betas, list) and len(betas) == 2:
+        settings["optimizer.beta1"], settings["optimizer.beta2"] = betas
+        section.take("betas")
+    section.tell("lost", "betas", "it is no list of two numbers.")
+    section.copy("eps", "optimizer.eps")
+    for name in ("fused", "foreach", "capturable", "block_size"):
+        section.tell("unneeded", name, "it says how the same step is computed.")
+    if not section.peek("amsgrad"):
+        section.tell("unneeded", "amsgrad", "it is off here, too.")
+    section.close()
+
+    schedule = given.section("lr_scheduler")
+    if "_component_" not in schedule:
+        settings |= {"lr_scheduler.name": "constant", "lr_scheduler.num_warmup_steps": 0}
+    elif component(schedule)[1] == "get_cosine_schedule_with_warmup":
+        settings["lr_scheduler.name"] = "cosine"
+        schedule.take("_component_")
+    schedule.tell("lost", "_component_", "kdtune has cosine, linear and constant, and takes cosine.")
+    schedule.copy("num_warmup_steps")
+    if schedule.peek("num_cycles") == 0.5:
+        schedule.tell("unneeded", "num_cycles", "the decay is half a cosine here, too.")
+    schedule.close()
+
+    # Written out since kdtune clips unless told otherwise.
+    settings["clip_grad_norm"] = None
+    if given.peek("clip_grad_norm") is not None:
+        why = (
+            "torchtune's distillation recipes divide the gradient by its tokens twice, and so rarely reach a threshold "
+            "(on several devices they do not read it). Here it would be reached; null is what it comes to there."
+        )
+        given.tell("different", "clip_grad_norm", why)
+    given.take("clip_grad_norm")
+
+
+def _run(given: Given) -> None:
+    settings = given.result.settings
+    for name in ("batch_size", "gradient_accumulation_steps", "epochs", "max_steps_per_epoch", "optimizer_in_bwd"):
+        given.copy(name)
+    if given.peek("seed") is None:
+        given.note("different", "seed", None, "another seed in every run there; here it is 0 unless given.")
+    given.copy("seed")
+    given.copy("shuffle")
+    given.copy("device")
+    if given.peek("dtype") in ("bf16", "fp32", None):
+        given.copy("dtype")
+    else:
+        given.tell("lost", "dtype", "kdtune has bf16 and fp32, and takes bf16.")
+    given.copy("compile")
+    checkpointing = given.peek("enable_activation_checkpointing")
+    given.copy("enable_activation_checkpointing")
+    if checkpointing and given.peek("enable_activation_offloading"):
+        why = "torchtune's distillation recipes do not read it. Here it does what it says."
+        given.note("different", "enable_activation_offloading", True, why)
+        given.copy("enable_activation_offloading")
+    why = "torchtune's distillation recipes do not read it; here it needs enable_activation_checkpointing=true."
+    given.tell("unneeded", "enable_activation_offloading", why)
+    if given.take("fsdp_cpu_offload", False):
+        settings["parallel.offload"] = True
+    given.copy("fsdp_reshard_after_forward", "parallel.reshard_after_forward")
+    given.copy("output_dir")
+    if "output_dir" not in settings:
+        given.result.wanted.append("output_dir")
+    given.copy("save_every_n_steps")
+    given.copy("enable_async_checkpointing", "save_in_background")
+    if not given.peek("resume_from_checkpoint"):
+        given.copy("resume_from_checkpoint")
+    why = "a run of torchtune cannot be continued. The student's folder can be what it wrote."
+    given.tell("lost", "resume_from_checkpoint", why)
+
+
+def _logging(given: Given) -> None:
+    settings = given.result.settings
+    given.copy("log_every_n_steps")
+    given.tell("unneeded", "log_peak_memory_stats", "the peak of memory is always in metrics.jsonl.")
+    section = given.section("metric_logger")
+    kind = component(section)[1]
+    if kind == "WandBLogger":
+        settings["metric_logger.wandb_project"] = section.take("project", "torchtune")
+        section.take("_component_")
+    elif kind == "TensorBoardLogger":
+        settings["metric_logger.tensorboard"] = True
+        section.take("_component_")
+    is_written = kind in ("DiskLogger", "StdoutLogger")
+    why = "metrics.jsonl is always written; beside it there are TensorBoard and Weights & Biases."
+    section.tell("unneeded" if is_written else "lost", "_component_", why)
+    for name in ("log_dir", "filename", "output_dir"):
+        section.tell("unneeded", name, "metrics are written to output_dir.")
+    section.close()
+
+    section = given.section("profiler")
+    section.tell("unneeded", "_component_", "there is one profiler.")
+    names = ("enabled", "wait_steps", "warmup_steps", "active_steps", "record_shapes", "with_stack", "profile_memory")
+    for name in names:
+        section.copy(name)
+    section.tell("unneeded", "output_dir", "the record is in output_dir/profile.")
+    for name in ("cpu", "cuda", "xpu"):
+        section.tell("unneeded", name, "the host and the device of the run are recorded.")
+    if section.peek("num_cycles") in (None, 0, 1):
+        section.tell("unneeded", "num_cycles", "it is recorded once.")
+    if not section.peek("with_flops"):
+        section.tell("unneeded", "with_flops", "kdtune plan counts the operations.")
+    section.close()
