@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Of the mesh, slowest first: neighbours, between whom most crosses, split the products of one layer.
 DIMENSIONS = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
+T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for other ranks: saving and reading of data included
 
 
@@ -79,6 +80,12 @@ class Ranks:
     def is_first_of_rows(self) -> bool:
         """Whether this is the one of those that have the same rows to write what all of them know."""
         return self.mesh is None or self.mesh.get_local_rank("tensor") == 0
+
+    @property
+    def is_first_with_head(self) -> bool:
+        """Whether this is the one of those that have a model's head to write it."""
+        share = self.share
+        return share.is_scored and share.rank == share.slice == 0 and self.is_first_of_rows
 
     @property
     def num_replicas(self) -> int:
@@ -161,6 +168,13 @@ class Ranks:
         if self.mesh is not None:
             dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def of_first(self, value: T) -> T:
+        """That of the first rank, for what each may have found at another moment."""
+        values = [value]
+        if self.mesh is not None:
+            dist.broadcast_object_list(values, 0, self.group, torch.device("cpu"))
+        return values[0]
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -102,6 +102,8 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
                 f"teacher_parallel.{name}={of_teacher} and parallel.{name}={degree}: {why}. Give "
                 f"teacher_parallel.{name}={degree}."
             )
+    if not hasattr(cfg, "optimizer"):
+        return  # what follows is about training
     few_bits = cfg.lora is not None and cfg.lora.base_quantization
     for setting, is_set, why in (
         ("optimizer.offload", cfg.optimizer.offload, "it has moved the optimizer's state to the host as well"),
@@ -121,7 +123,8 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
                     f"{setting} does not go with parallel.{name}={of_layers}: {why}. Take parallel.data_shard instead, "
                     "which gathers whole layers while they compute."
                 )
-    if degree > 1 and hasattr(cfg, "kd_loss") and cfg.kd_loss.name == "adaptive_kl":
+    sorts = hasattr(cfg, "kd_loss") and cfg.kd_loss.name == "adaptive_kl"
+    if degree > 1 and sorts and teacher.cache_dir is None:  # a top k is not cut
         raise ValueError(
             f"kd_loss.name=adaptive_kl does not go with parallel.tensor={degree}: it sorts whole distributions, of "
             "which each process has a part. Take another divergence, or parallel.data_shard instead."

@@ -66,7 +66,7 @@ class Config:
 def main(cfg: Config) -> None:
     inputs = check(cfg)
     ranks = inputs.ranks
-    if not inputs.num_tokens:
+    if not (inputs.num_tokens or inputs.lacks_head):
         print("Nothing is missing.")
         ranks.leave()
         return
@@ -78,8 +78,8 @@ def main(cfg: Config) -> None:
         teacher.compile()
     if ranks.is_first:
         teacher_cache.write_tokenizer(cfg.output_dir, inputs.companions)
-    if cfg.store.kind == "hidden":
-        keep_head(teacher, cfg.output_dir, cfg.store.hidden_dtype, inputs.card.vocab_size)
+    if inputs.lacks_head:
+        keep_head(teacher, cfg.output_dir, cfg.store.hidden_dtype, ranks)
 
     log_prob = torch.zeros(2, dtype=torch.float64)  # of this process: sum over the labels, and how many
     # One thread compresses what was said of a batch while the teacher is asked about the next one.
@@ -98,9 +98,10 @@ def main(cfg: Config) -> None:
             writing.result()
             # Of processes that hold a teacher together all know the answers, and one of them writes.
             writing = thread.submit(write, writer, answered if ranks.is_first_of_rows else [])
-            bar.update(ranks.total(batch.num_labels))
-            if writer.num_tokens:
-                size = inputs.num_tokens * writer.num_bytes / writer.num_tokens
+            labels, num_tokens, num_bytes = ranks.all_sum([batch.num_labels, writer.num_tokens, writer.num_bytes])
+            bar.update(int(labels))
+            if num_tokens:
+                size = int(inputs.num_tokens * num_bytes / num_tokens)
                 bar.set_postfix_str(f"{format_bytes(size)} in the end", refresh=False)
             if interrupt.has_come():
                 break
@@ -110,7 +111,8 @@ def main(cfg: Config) -> None:
     total, count = ranks.all_sum(log_prob)
     if count:
         print(f"teacher: {inputs.teacher.judge(-total / count)}")
-    print(f"{cfg.output_dir}: {teacher_cache.TeacherCache(cfg.output_dir).summary()}")
+    if ranks.is_first:
+        print(f"{cfg.output_dir}: {teacher_cache.TeacherCache(cfg.output_dir).summary()}")
     if interrupt.received:
         print(f"{interrupt.received.name}: the same command adds what is missing.")
         raise SystemExit(interrupt.exit_code)
@@ -134,6 +136,7 @@ class Inputs:
     companions: dict[str, bytes]  # the tokenizer's files
     batches: Iterable[data.Batch]  # of what is missing
     num_tokens: int  # labelled, of all of these
+    lacks_head: bool  # hidden states are to be kept, and the head that makes predictions of them is not there
 
 
 def check(cfg: Config) -> Inputs:
@@ -168,13 +171,17 @@ def check(cfg: Config) -> Inputs:
         hidden={"size": teacher.config.hidden_size} if cfg.store.kind == "hidden" else None,
     )
     there = teacher_cache.open_to_extend(cfg.output_dir, card)
+    # What is missing is what the first process misses: others may look while another job adds to the folder.
+    known = np.empty(0, np.uint64) if there is None else there.ids
     batches, num_tokens = [], 0
     for name, dataset in (("dataset", cfg.dataset), ("dataset_val", cfg.dataset_val)):
         if dataset is None:
             continue
         max_seq_len = cfg.tokenizer.max_seq_len
         examples = data.load(dataset, tokenizer, max_seq_len, name=name, vocab_size=teacher.vocab_size)
-        missing = np.unique(examples.ids, return_index=True)[1] if there is None else there.missing(examples.ids)
+        ids, first = np.unique(examples.ids, return_index=True)
+        missing = ranks.of_first(np.sort(first[~np.isin(ids, known)]))
+        known = np.union1d(known, ids)  # rows that both data sets have are asked about once
         batches.append(
             data.ValBatches(
                 examples,
@@ -200,6 +207,7 @@ def check(cfg: Config) -> Inputs:
         companions=checkpoint.read_companions(cfg.teacher_checkpointer.checkpoint_dir, tokenizer_path),
         batches=chain.from_iterable(batches),
         num_tokens=num_tokens,
+        lacks_head=ranks.of_first(cfg.store.kind == "hidden" and not Path(cfg.output_dir, teacher_cache.HEAD).exists()),
     )
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 import kdtune
 from kdtune import checkpoint
 from kdtune.cli.main import main
+from kdtune.teacher_cache import TeacherCache
 
 TEACHER_ASSETS = Path(kdtune.__file__).parent / "assets" / "quickstart" / "teacher"
 NUM_ROWS = 10
+ANSWERS = ("ids", "log_probs", "log_rest", "entropy", "label_log_probs", "top_ids", "weights", "hidden")
 # Of a line in metrics.jsonl; everything else is a function of settings and seed.
 MEASURED = ("tokens_per_second", "peak_memory_gib")
 
@@ -87,6 +90,41 @@ def finetune(tiny: Path, output_dir: Path, *overrides: str) -> Path:
     """Run `finetune` as the launcher does; returns `output_dir`."""
     main(arguments(tiny, output_dir, *overrides, recipe="finetune"))
     return output_dir
+
+
+def cache(tiny: Path, folder: Path, *overrides: str) -> Path:
+    """Run `cache_teacher_logits` as the launcher does; returns `folder`."""
+    settings = [
+        f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}",
+        "tokenizer.max_seq_len=64",
+        f"dataset.source={tiny / 'rows.jsonl'}",
+        "dataset.format=completion",
+        "batch_size=3",
+        "device=cpu",
+        "dtype=fp32",
+        f"output_dir={folder}",
+    ]
+    main(["run", "cache_teacher_logits", *settings, *overrides])
+    return folder
+
+
+def distil_from_cache(tiny: Path, output_dir: Path, folder: Path, *overrides: str) -> Path:
+    """Run `knowledge_distillation` on the answers in `folder`; returns `output_dir`."""
+    argv = arguments(tiny, output_dir, *overrides, recipe="knowledge_distillation")
+    argv.remove(f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}")
+    main([*argv, f"teacher.cache_dir={folder}"])
+    return output_dir
+
+
+def assert_same_answers(one: Path, other: Path, rtol: float = 1e-5) -> None:
+    """Of the same examples."""
+    expected, found = TeacherCache(one), TeacherCache(other)
+    assert found.ids.tolist() == expected.ids.tolist()
+    for id in expected.ids.tolist():
+        mine, theirs = expected.read(id), found.read(id)
+        for name in ANSWERS:
+            if hasattr(mine, name):
+                np.testing.assert_allclose(getattr(theirs, name), getattr(mine, name), rtol, 1e-6, err_msg=name)
 
 
 def validated_on(tiny: Path) -> list[str]:

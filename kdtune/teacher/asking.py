@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdtune.data import IGNORE, Batch, Keys
+from kdtune.distributed import Ranks
 from kdtune.dtensors import whole
 from kdtune.losses import Vocabulary, default_chunk_size
 from kdtune.losses.projection import Projection
@@ -55,17 +56,18 @@ def ask(
 
 
 @torch.no_grad()
-def keep_head(teacher: LiveTeacher, folder: str, dtype: HiddenDtype, vocab_size: int) -> None:
+def keep_head(teacher: LiveTeacher, folder: str, dtype: HiddenDtype, ranks: Ranks) -> None:
     """Write the head beside hidden states; all ranks must call.
 
     Args:
         teacher: whose head it is.
         folder: of the cache.
         dtype: in which it is written.
-        vocab_size: of the teacher, whose head may be filled up for tensor parallel.
+        ranks: the processes, of which one writes.
     """
-    weight = whole(teacher.head.weight)[:vocab_size]
-    write_head(folder, _hidden(weight, dtype).hidden, dtype)
+    weight = whole(teacher.head.weight)
+    if ranks.is_first_with_head:
+        write_head(folder, _hidden(weight, dtype).hidden, dtype)
 
 
 def _vocabulary(head: torch.nn.Module) -> Vocabulary | None:

@@ -209,7 +209,7 @@ def load_teacher(cfg: Any, ranks: Ranks) -> Teacher:
     if cfg.teacher.cache_dir is None:
         return load_live_teacher(cfg, ranks)
     cache = TeacherCache(cfg.teacher.cache_dir)
-    head = _head(cache, cfg, ranks.device) if cache.card.store.kind == "hidden" else None
+    head = _head(cache, cfg, ranks) if cache.card.store.kind == "hidden" else None
     return CachedTeacher(cache, device=ranks.device, convention=cfg.kd_loss.top_k_convention, head=head)
 
 
@@ -237,12 +237,16 @@ def load_live_teacher(cfg: Any, ranks: Ranks, *, as_it_is: bool = False) -> Live
     return LiveTeacher(model, student_device=ranks.device, offload_to=place if offload else None)
 
 
-def _head(cache: TeacherCache, cfg: Any, device: torch.device) -> nn.Linear:
+def _head(cache: TeacherCache, cfg: Any, ranks: Ranks) -> nn.Linear:
     weight, stored = cache.head()
-    found = (
-        torch.from_numpy(weight.view(np.int16)).view(torch.bfloat16) if stored == "bf16" else torch.from_numpy(weight)
-    )
-    vocab_size, hidden_size = found.shape
+    vocab_size, hidden_size = weight.shape
     head = nn.Linear(hidden_size, vocab_size, bias=False, device="meta")
-    head.weight = nn.Parameter(found.to(device, devices.DTYPES[cfg.dtype]), requires_grad=False)
+    dtype = devices.DTYPES[cfg.dtype]
+    if not ranks.share.is_scored:  # of a pipeline, where the last stage has the loss: zeros, which take no memory
+        found = torch.zeros((), dtype=dtype, device=ranks.device).expand(vocab_size, hidden_size)
+    elif stored == "bf16":
+        found = torch.from_numpy(weight.view(np.int16)).view(torch.bfloat16).to(ranks.device, dtype)
+    else:
+        found = torch.from_numpy(weight).to(ranks.device, dtype)
+    head.weight = nn.Parameter(found, requires_grad=False)
     return head

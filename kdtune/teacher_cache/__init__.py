@@ -9,9 +9,18 @@ from kdtune.teacher_cache.card import Card, Dataset, Teacher, teacher_fingerprin
 from kdtune.teacher_cache.codec import estimate_bytes
 from kdtune.teacher_cache.config import StoreConfig, check_store
 from kdtune.teacher_cache.served import Question, ServedTeacher, ServerConfig, check_server
-from kdtune.teacher_cache.store import TOKENIZER, TeacherCache, Writer, open_to_extend, write_head, write_tokenizer
+from kdtune.teacher_cache.store import (
+    HEAD,
+    TOKENIZER,
+    TeacherCache,
+    Writer,
+    open_to_extend,
+    write_head,
+    write_tokenizer,
+)
 
 __all__ = [
+    "HEAD",
     "TOKENIZER",
     "Answers",
     "Card",

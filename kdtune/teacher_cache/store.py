@@ -326,6 +326,8 @@ def write_tokenizer(folder: str | Path, files: Mapping[str, bytes]) -> None:
 
 def _check_empty(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
+    if CARD in names:
+        return  # another writer has begun it since it was looked for
     strangers = sorted(names - {SHARDS})
     if strangers or (SHARDS in names and _shards(folder)):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,11 +19,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_runs import arguments, numbers, write_model, write_rows
 
 import kdtune as package
 from kdtune import checkpoint
 from kdtune.cli import launch
+from kdtune.teacher_cache import TeacherCache
 
 from .conftest import Run
 
@@ -336,6 +339,76 @@ def test_twenty_kills_lose_nothing(tiny: Path, tmp_path: Path) -> None:
         for name in ("killed", "steady")
     )
     assert all(torch.equal(one[name], weight) for name, weight in other.items())
+
+
+@pytest.fixture
+def asking(tiny: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """`asking("what is done when an answer is kept")`: two processes that ask a teacher, with a shard for each."""
+
+    def start(code: str) -> subprocess.Popen[str]:
+        text = (Path(package.__file__).parents[1] / "recipes" / "cache_teacher_logits.py").read_text()
+        for old, new in (
+            ("cfg.output_dir, inputs.card)", "cfg.output_dir, inputs.card, shard_bytes=1)"),
+            ("writer.add(example, answers)", f"writer.add(example, answers); {code}"),
+            ("import dataclasses", "import dataclasses, time"),
+        ):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / "mine.py").write_text(text)
+        settings = [f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}", "batch_size=2", "store.top_k=8"]
+        settings += [f"dataset.source={tmp_path / 'rows.jsonl'}", "dataset.format=completion", "device=cpu"]
+        settings += [f"output_dir={tmp_path / 'cache'}", "dtype=fp32", "tokenizer.max_seq_len=64"]
+        return begin("run", "--nproc-per-node=2", str(tmp_path / "mine.py"), *settings)
+
+    write_rows(tmp_path / "rows.jsonl", 120)
+    return start
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_no_answer(asking: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """Of either process or of all at any moment, until it is finished."""
+    rng, kept = random.Random(0), set[int]()
+    for _ in range(20):
+        process = asking("time.sleep(0.02)")
+        ranks = wait_for_ranks(process)
+        num_shards = len(kept) + rng.randrange(8)
+        if rng.random() < 0.8:
+            while len(list(tmp_path.glob("cache/shards/[!.]*"))) < num_shards and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 8))
+        for one in rng.choice(([process, *ranks], ranks[:1], ranks[1:])):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(ranks, timeout=30)
+        status, _, err = finish(process)
+        assert status in (-signal.SIGKILL, 128 + signal.SIGKILL), err
+        if (tmp_path / "cache" / "card.json").exists():
+            now = set(TeacherCache(tmp_path / "cache").ids.tolist())
+            assert kept <= now
+            kept = now
+    assert 20 < len(kept) < 120
+    status, out, err = finish(asking("None"))
+    assert (status, err) == (0, "")
+    assert f"{120 - len(kept)} examples to ask about" in out
+    shards = (tmp_path / "cache" / "shards").glob("[!.]*")
+    written = [id for shard in shards for id in safe_open(shard, "np").get_tensor("ids").tolist()]
+    assert len(written) == len(set(written)) == 120
+    assert "Nothing is missing." in finish(asking("None"))[1]
+
+
+@pytest.mark.slow
+def test_what_was_answered_before_a_rank_failed_is_kept(
+    asking: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    code = 'int(writer.num_examples == 3 and __import__("os").environ["RANK"] == "1" and "row 7 is empty")'
+    status, _, err = finish(asking(code))
+    assert (status, err) == (2, "kdtune: error: rank 1: invalid literal for int() with base 10: 'row 7 is empty'\n")
+    # It is noticed one batch later, which the other process may have written by then.
+    assert len(TeacherCache(tmp_path / "cache")) - 3 in (4, 6)
+    assert finish(asking("None"))[0] == 0
+    assert len(TeacherCache(tmp_path / "cache")) == 120
 
 
 def newest_step(output_dir: Path) -> int:

@@ -28,6 +28,14 @@ def run(size: int, function: Callable[..., Any], folder: Path, *args: Any) -> li
     return [torch.load(folder / f"answer_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
 
 
+def start_alone(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in one process more, which can be killed."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """Of this machine: nobody listens at it."""
     with socket.socket() as one:

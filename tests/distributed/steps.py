@@ -22,7 +22,7 @@ from kdtune.dtensors import is_spread
 from kdtune.generation import generate
 from kdtune.models import LoraConfig, QATConfig, enable_activation_checkpointing, trained_parameters
 from kdtune.pipeline_parallel import schedule
-from kdtune.teacher import LiveTeacher
+from kdtune.teacher import LiveTeacher, Teacher
 
 STEPS = 3
 Lengths = Sequence[int | tuple[int, ...]]
@@ -86,7 +86,7 @@ class Training:
         shard = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         place = self.ranks.device if shard is None else place
         teacher = checkpoint.load_model(models / "teacher", dtype=cfg.dtype, device=place, shard=shard)
-        self.teacher = LiveTeacher(teacher)
+        self.teacher: Teacher = LiveTeacher(teacher)
         # In float32 a gradient that is hardly more than rounding errors is not to become a whole step.
         eps = 1e-8 if cfg.dtype == torch.float64 else 1e-3
         self.optimizer = optim.build_optimizer(self.student, optim.OptimizerConfig(lr=0.01, eps=eps))
@@ -107,8 +107,8 @@ class Training:
             if direction == "backward":
                 waiting.pop(i).backward()
                 continue
+            targets = self.teacher(mine[i])
             batch = mine[i].to(self.ranks.device)
-            targets = self.teacher(batch)
             hidden = self.student.hidden(batch.tokens, batch.positions, batch.documents)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)

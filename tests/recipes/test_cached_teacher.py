@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_runs
+from tiny_runs import assert_same_answers, cache, distil_from_cache
 
 from kdtune import planning
 from kdtune.cli.main import main
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
 from kdtune.teacher import CachedTeacher
-from kdtune.teacher_cache import Samples, TeacherCache, TopK
+from kdtune.teacher_cache import HEAD, Samples, TeacherCache, TopK
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["store.top_k=2048", "store.bits=32"]  # of the vocabulary, exactly
@@ -26,43 +28,12 @@ KINDS = {
     "samples": ["store.kind=samples", "store.num_samples=9", "store.sampling_power=0.8"],
     "top": ["store.top_k=50", "store.top_p=0.02"],
 }
-ANSWERS = ("ids", "log_probs", "log_rest", "entropy", "label_log_probs", "top_ids", "weights", "hidden")
 
 
 @pytest.fixture(autouse=True)
 def raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistakes reach the test as they were raised."""
     monkeypatch.setenv("KDTUNE_TRACEBACK", "1")
-
-
-def cache(tiny: Path, folder: Path, *overrides: str) -> Path:
-    """Run `cache_teacher_logits` as the launcher does; returns `folder`."""
-    main(
-        [
-            *("run", "cache_teacher_logits", f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}"),
-            *(f"dataset.source={tiny / 'rows.jsonl'}", "dataset.format=completion", "tokenizer.max_seq_len=64"),
-            *("batch_size=3", "device=cpu", "dtype=fp32", f"output_dir={folder}", *overrides),
-        ]
-    )
-    return folder
-
-
-def without_teacher(tiny: Path, output_dir: Path, folder: Path, *overrides: str) -> Path:
-    """Run `knowledge_distillation` on the answers in `folder`; returns `output_dir`."""
-    argv = tiny_runs.arguments(tiny, output_dir, *overrides, recipe="knowledge_distillation")
-    argv.remove(f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}")
-    main([*argv, f"teacher.cache_dir={folder}"])
-    return output_dir
-
-
-def assert_same_answers(one: Path, other: Path) -> None:
-    expected, found = TeacherCache(one), TeacherCache(other)
-    assert found.ids.tolist() == expected.ids.tolist()
-    for id in expected.ids.tolist():
-        mine, theirs = expected.read(id), found.read(id)
-        for name in ANSWERS:
-            if hasattr(mine, name):
-                np.testing.assert_allclose(getattr(theirs, name), getattr(mine, name), 1e-5, 1e-6)
 
 
 def assert_close(one: Path, other: Path, tolerance: float) -> None:
@@ -77,7 +48,7 @@ def test_a_run_equals_that_with_the_teacher(kind: str, tiny: Path, tmp_path: Pat
     settings = ["kd_ratio=1", *tiny_runs.validated_on(tiny)]
     live = tiny_runs.distil(tiny, tmp_path / "live", *settings)
     folder = cache(tiny, tmp_path / "cache", *KINDS[kind])
-    assert_close(live, without_teacher(tiny, tmp_path / "cached", folder, *settings), 2e-6)
+    assert_close(live, distil_from_cache(tiny, tmp_path / "cached", folder, *settings), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +61,7 @@ def test_a_run_equals_that_with_the_teacher(kind: str, tiny: Path, tmp_path: Pat
 def test_hidden_states_serve_every_objective(setting: list[str], tiny: Path, tmp_path: Path) -> None:
     live = tiny_runs.distil(tiny, tmp_path / "live", *setting)
     folder = cache(tiny, tmp_path / "cache", *KINDS["hidden"])
-    assert_close(live, without_teacher(tiny, tmp_path / "cached", folder, *setting), 2e-6)
+    assert_close(live, distil_from_cache(tiny, tmp_path / "cached", folder, *setting), 2e-6)
 
 
 def test_the_divergence_of_few_tokens_is_less_and_grows_with_them(tiny: Path, tmp_path: Path) -> None:
@@ -98,7 +69,7 @@ def test_the_divergence_of_few_tokens_is_less_and_grows_with_them(tiny: Path, tm
     for k in (1, 8, 64, 512, 2048):
         folder = cache(tiny, tmp_path / f"cache_{k}", f"store.top_k={k}", "store.bits=32")
         settings = ["max_steps=1", *tiny_runs.validated_on(tiny)]
-        run = without_teacher(tiny, tmp_path / f"run_{k}", folder, *settings)
+        run = distil_from_cache(tiny, tmp_path / f"run_{k}", folder, *settings)
         found.append(tiny_runs.lines(run)[0]["val_kd_loss"])
     assert found == sorted(found)
     live = tiny_runs.distil(tiny, tmp_path / "live", "max_steps=1", *tiny_runs.validated_on(tiny))
@@ -146,6 +117,25 @@ def test_rows_are_added(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     cache(tiny, folder)
     assert "Nothing is missing." in capsys.readouterr().out
     assert sorted((folder / "shards").iterdir()) == shards
+
+
+def test_rows_that_both_data_sets_have_are_asked_about_once(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache(tiny, tmp_path / "cache", "dataset.split=[:2]", *tiny_runs.validated_on(tiny))
+    asked = re.findall(r"(\d+) examples to ask about", capsys.readouterr().out)
+    assert asked == ["2", "1"]
+
+
+def test_a_head_is_made_anew(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = cache(tiny, tmp_path / "cache", *KINDS["hidden"])
+    head = (folder / HEAD).read_bytes()
+    (folder / HEAD).unlink()
+    with pytest.raises(ValueError, match="run cache_teacher_logits again: it writes the head anew"):
+        TeacherCache(folder).head()
+    cache(tiny, folder, *KINDS["hidden"])
+    assert "Nothing is missing." not in capsys.readouterr().out
+    assert (folder / HEAD).read_bytes() == head
 
 
 def test_an_interrupted_run_goes_on(
@@ -202,7 +192,7 @@ def test_the_next_step_is_read_while_one_is_computed(
         return read(found, id)
 
     monkeypatch.setattr(TeacherCache, "read", note)
-    without_teacher(tiny, tmp_path / "run", folder)
+    distil_from_cache(tiny, tmp_path / "run", folder)
     # 2 rows are looked at before the first step, which is then read as it comes.
     assert readers.count(True) == 2 + 4
     assert readers.count(False) >= 26
@@ -212,7 +202,7 @@ def test_a_stream_learns_from_answers(tiny: Path, tmp_path: Path) -> None:
     settings = ["dataset.streaming=true", "max_steps=4", "epochs=1"]
     live = tiny_runs.distil(tiny, tmp_path / "live", *settings)
     folder = cache(tiny, tmp_path / "cache", *ALL)
-    assert_close(live, without_teacher(tiny, tmp_path / "cached", folder, *settings), 2e-6)
+    assert_close(live, distil_from_cache(tiny, tmp_path / "cached", folder, *settings), 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,12 +257,12 @@ def test_refusals(
     monkeypatch.setattr("kdtune.checkpoint.load_start", lambda *_, **__: pytest.fail("a weight was read"))
     given = [setting.format(tiny=tiny, here=tmp_path) for setting in settings]
     with pytest.raises(ValueError, match=message):
-        without_teacher(tiny, tmp_path / "run", folder, *given)
+        distil_from_cache(tiny, tmp_path / "run", folder, *given)
 
 
 def test_a_folder_that_is_no_cache(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"student is no teacher cache: it has no card\.json"):
-        without_teacher(tiny, tmp_path / "run", tiny / "student")
+        distil_from_cache(tiny, tmp_path / "run", tiny / "student")
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -348,6 +348,15 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         TeacherCache(tmp_path)
 
 
+def test_another_may_have_begun_since_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, range(3))
+    write_tokenizer(tmp_path, {"tokenizer.json": b"{}"})
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert open_to_extend(tmp_path, CARD) is None
+    write(tmp_path, range(3, 6))
+    check(tmp_path, range(6))
+
+
 def test_a_lost_card_is_not_made_again(tmp_path: Path) -> None:
     write(tmp_path, range(3))
     (tmp_path / "card.json").unlink()
