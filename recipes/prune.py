@@ -181,13 +181,14 @@ class Found:
     statistics: pruning.Statistics
     layers: Tensor  # scores of layers, or of blocks by their first layer
     num_layers: int
+    block_size: int  # layers that were judged together
 
 
 @torch.no_grad()
 def measure(cfg: Config, inputs: Inputs, model: models.Decoder) -> Found:
     """Read the text once, without each layer or block too if their importance is that of perplexity."""
     size = pruning.block_size(cfg.depth, model.config)
-    statistics = pruning.Statistics(model, aggregation=cfg.width.aggregation or "mean", block_size=size)
+    statistics = pruning.Statistics(model, aggregation=cfg.width.aggregation or "l2", block_size=size)
     total = torch.zeros((), device=inputs.device)
     is_perplexity = cfg.depth.importance == "perplexity"
     rises = torch.zeros(model.config.num_layers - size + 1, device=inputs.device)
@@ -209,7 +210,7 @@ def measure(cfg: Config, inputs: Inputs, model: models.Decoder) -> Found:
             f"broken, or dtype={cfg.dtype} cannot hold its activations: try bf16 or fp32."
         )
     scores = rises / inputs.num_labels if is_perplexity else statistics.layers()
-    return Found(mean, statistics, scores, model.config.num_layers)
+    return Found(mean, statistics, scores, model.config.num_layers, size)
 
 
 @torch.no_grad()
@@ -243,8 +244,8 @@ def table(cfg: Config, found: Found, kept: pruning.Kept) -> str:
         name: scores.gather(-1, stay).sum(-1) / scores.sum(-1) for name, (scores, stay) in parts(found, kept).items()
     }
     hidden = shares.pop("hidden", None)
-    size = found.num_layers - len(found.layers) + 1
-    title = f"importance: {cfg.depth.importance or 'cosine'}" + f" of the {size} from it" * (size > 1)
+    block = f" of the {found.block_size} from it" * (found.block_size > 1)
+    title = f"importance: {cfg.depth.importance or 'cosine'}{block}"
     lines = ["".join(["layer", f"{title:>32}", f"{'':>8}", *(f"{name:>8}" for name in shares)])]
     for layer in range(found.num_layers):
         score = f"{found.layers[layer]:.4f}" if layer < len(found.layers) else ""
@@ -258,9 +259,13 @@ def table(cfg: Config, found: Found, kept: pruning.Kept) -> str:
 
 def record(cfg: Config, found: Found, kept: pruning.Kept) -> dict[str, Any]:
     """All scores of what was chosen among, and what stays."""
-    depth = {"importance": cfg.depth.importance or "cosine", "scores": rounded(found.layers.tolist())}
     return {
-        "layers": {**depth, "kept": kept.layers},
+        "layers": {
+            "importance": cfg.depth.importance or "cosine",
+            "block_size": found.block_size,
+            "scores": rounded(found.layers.tolist()),
+            "kept": kept.layers,
+        },
         **{
             name: {"scores": rounded(scores.tolist()), "kept": stay.tolist()}
             for name, (scores, stay) in parts(found, kept).items()

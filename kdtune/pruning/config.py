@@ -32,7 +32,7 @@ class WidthConfig:
     intermediate_size: int | None = setting(None, gt=0)  # channels of the MLP, of each layer its own; null: all
     num_heads: int | None = setting(None, gt=0)  # query heads, of each layer its own; null: those of the kept key heads
     num_kv_heads: int | None = setting(None, gt=0)  # key heads, with their query heads; null: those of the query heads
-    # score of a channel or head over tokens: mean of magnitudes, or root of the mean square; null: mean
+    # score of a channel or head over tokens: mean of magnitudes, or l2: root of the mean square; null: l2
     aggregation: Aggregation | None = None
 
     @property

@@ -29,7 +29,7 @@ class Statistics:
         num_tokens: that were read.
     """
 
-    def __init__(self, model: Decoder, *, aggregation: Aggregation = "mean", block_size: int = 1) -> None:
+    def __init__(self, model: Decoder, *, aggregation: Aggregation = "l2", block_size: int = 1) -> None:
         """
         Args:
             model: which will be watched; a whole one, in one process.

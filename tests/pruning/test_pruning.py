@@ -46,7 +46,7 @@ def shrink(
     model: Decoder, hf_config: dict[str, Any], width: WidthConfig, num_layers: int | None = None, block: int = 1
 ) -> tuple[Decoder, dict[str, Any], pruning.Kept]:
     """As the recipe does: read TOKENS, choose, cut."""
-    statistics = pruning.Statistics(model, aggregation=width.aggregation or "mean", block_size=block)
+    statistics = pruning.Statistics(model, aggregation=width.aggregation or "l2", block_size=block)
     with statistics.watch(READ):
         model(TOKENS)
     total = model.config.num_layers
