@@ -343,25 +343,59 @@ def sharding(
         # what is trained is gathered.
         in_few_bits = any(is_quantized(parameter) for parameter in model.parameters())
         kept = {parameter for parameter in model.parameters() if in_few_bits and not parameter.requires_grad}
-        sums = torch.promote_types(model.head.weight.dtype, torch.float32)
-        settings: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=sums),
-            "offload_policy": fsdp.CPUOffloadPolicy() if cfg.offload else fsdp.OffloadPolicy(),
-            "ignored_params": kept,
-        }
+        settings = _settings(cfg, mesh, model.head.weight.dtype) | {"ignored_params": kept}
         for unit in units:
             fsdp.fully_shard(unit, reshard_after_forward=again, **settings)
         # Head and norm stay gathered from the forward to the backward: the loss, which is outside, needs the head.
         fsdp.fully_shard(model, reshard_after_forward=False, **settings)
-        fsdp.register_fsdp_forward_method(model, "hidden")
+        for method in ("hidden", "hidden_states"):
+            fsdp.register_fsdp_forward_method(model, method)
         if trains:
             model.model.register_forward_hook(_ask_for_gradient)
-        for unit in (model, *units):
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+        _sum_gradients(model, *units)
 
     return shard
+
+
+def share_beside(model: Decoder, ranks: Ranks, cfg: ParallelConfig) -> None:
+    """Spread what is trained beside a model, on the device of its weights, as the model is. All ranks must call.
+
+    They have the same numbers there, and each sees its own rows, or positions of them.
+
+    Args:
+        model: spread by `sharding`; `beside` is called as a module, in each forward once.
+        ranks: the processes.
+        cfg: how the model is spread.
+    """
+    if ranks.mesh is None or not any(True for _ in model.beside.parameters()):
+        return
+    from torch.distributed import fsdp
+
+    mesh = ranks.mesh_of_weights(cfg)
+    if cfg.tensor > 1:
+        from kdtune import tensor_parallel
+
+        tensor_parallel.share(model.beside, mesh["tensor"])
+    mesh = mesh["data_replicate", "data_shard"] if cfg.data_replicate > 1 else mesh["data_shard"]
+    dtype = next(model.beside.parameters()).dtype
+    fsdp.fully_shard(model.beside, reshard_after_forward=False, **_settings(cfg, mesh, dtype))
+    _sum_gradients(model.beside)
+
+
+def _settings(cfg: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> dict[str, Any]:
+    from torch.distributed import fsdp
+
+    return {
+        "mesh": mesh,
+        "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
+        "offload_policy": fsdp.CPUOffloadPolicy() if cfg.offload else fsdp.OffloadPolicy(),
+    }
+
+
+def _sum_gradients(*units: Any) -> None:
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
 
 
 def _units(model: Decoder) -> list[Any]:
@@ -390,7 +424,12 @@ def _ask_for_gradient(_: nn.Module, args: Any, hidden: Tensor) -> None:
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, by name, of which each process has its part."""
-    for module in model.modules():
-        if reshard := getattr(module, "reshard", None):  # FSDPModule's; a forward without a backward left some gathered
-            reshard()
+    reshard(model)
     return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go what a forward without a backward left gathered."""
+    for module in model.modules():
+        if let_go := getattr(module, "reshard", None):  # FSDPModule's
+            let_go()

@@ -115,6 +115,7 @@ def check_spread(cfg: Any, ranks: Ranks) -> None:
     for setting, names, why in (
         ("lora", ("pipeline", "tensor"), "an adapter is made beside whole layers"),
         ("qat", ("pipeline", "tensor"), "what is rounded, and written so, are whole layers"),
+        ("hidden_loss", ("pipeline",), "the layers that are compared would be in other processes than the loss"),
         ("optimizer_in_bwd", ("pipeline",), "a step has one micro-batch, and a pipeline is for several"),
     ):
         for name in names:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from kdtune.dtensors import local
-from kdtune.losses import Vocabulary
+from kdtune.losses import Vocabulary, WidthProjection
 from kdtune.models import Decoder
 from kdtune.models.decoder import MLP, Attention, RMSNorm, rms_norm
 
@@ -71,6 +71,19 @@ def split(model: Decoder, mesh: DeviceMesh, vocab_size: int | None = None) -> No
             block.register_forward_hook(lambda _, args, share: scatter(share, group))
     # Every rank has the whole gradient of the loss: each takes its positions of it, and nothing is added up.
     trunk.register_forward_hook(lambda _, args, x: gather(x, group, args[0].size(1), are_shares=False))
+
+
+def share(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Have each rank of a group apply linear layers to its own positions, and their gradients added up.
+
+    Args:
+        module: in it are `WidthProjection`, with the same numbers on all ranks.
+        mesh: of the ranks, one dimension.
+    """
+    for linear in module.modules():
+        if isinstance(linear, WidthProjection):
+            linear.weight, linear.bias = (_spread(part, mesh, Replicate()) for part in (linear.weight, linear.bias))
+            linear.read = _shared
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, length: int, are_shares: bool = True) -> Tensor:

@@ -1,11 +1,12 @@
 """Distil a teacher's next-token distributions into a smaller student.
 
-    loss = (1 - kd_ratio) * ce + kd_ratio * kd
+    loss = (1 - kd_ratio) * ce + kd_ratio * (kd + hidden)
 
     ce = - log q(label)                       at temperature 1
     kd = T^2 * D(p, q)                        p = softmax(teacher / T), q = softmax(student / T)
 
-D is the forward KL, sum_v p (log p - log q), or another divergence of `kd_loss.name`.
+D is the forward KL, sum_v p (log p - log q), or another divergence of `kd_loss.name`. With `hidden_loss`, hidden is
+the distance between hidden states of both, of any pairs of modules; else it is not there.
 
 Both are summed over the labelled tokens of the whole optimizer step and divided by their number once, so a step means
 the same however its rows are split into micro-batches.
@@ -55,6 +56,7 @@ from kdtune.teacher import (
     LiveTeacher,
     Teacher,
     TeacherConfig,
+    add_hidden_loss,
     check_teacher,
     find_teacher,
     load_live_teacher,
@@ -69,6 +71,7 @@ class Config:
 
     kd_ratio: float = setting(0.5, ge=0, le=1)  # weight of the teacher; 0 is plain fine-tuning, 1 ignores the labels
     kd_loss: losses.KDLossConfig = setting(losses.KDLossConfig)  # the divergence to the teacher
+    hidden_loss: losses.HiddenLossConfig | None = None  # distances between hidden states; null: none
     ce_loss: losses.CELossConfig = setting(losses.CELossConfig)  # the cross-entropy on the labels
 
     checkpointer: checkpoint.StartCheckpointerConfig = setting(checkpoint.StartCheckpointerConfig)  # the student
@@ -127,7 +130,8 @@ def main(cfg: Config) -> None:
 
     writer = checkpoint.ModelWriter(student, cfg, inputs.student_config, inputs.companions, optimizer.master, ranks)
     torch.manual_seed(cfg.seed + ranks.rank)  # of dropout; a run that is resumed gets its own states back
-    run = checkpoint.Run(Path(cfg.output_dir), inputs.resume_from, writer, optimizer=optimizer, loader=inputs.loader)
+    parts = {**checkpoint.beside(student), "optimizer": optimizer, "loader": inputs.loader}
+    run = checkpoint.Run(Path(cfg.output_dir), inputs.resume_from, writer, **parts)
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), run.step, ranks.is_first)
 
@@ -151,7 +155,7 @@ def main(cfg: Config) -> None:
             last = step == inputs.num_steps
             if last or step % cfg.log_every_n_steps == 0:
                 # Reading the numbers waits for the device, which is why it is not done in every step.
-                (loss_value, ce_loss, kd_loss, balanced_kd), grad_norm = ranks.all_sum(sums), norm.item()
+                (loss_value, ce_loss, kd_loss, balanced_kd, *hidden), grad_norm = ranks.all_sum(sums), norm.item()
                 if not math.isfinite(loss_value + grad_norm):
                     raise run.not_finite(step, loss_value, grad_norm, applied=cfg.optimizer_in_bwd)
                 values = {
@@ -160,6 +164,7 @@ def main(cfg: Config) -> None:
                     "kd_loss": kd_loss,
                     **{f"epochs/{source}": epochs for source, epochs in inputs.loader.source_epochs().items()},
                     **({"kd_factor": balanced_kd / (kd_loss or 1)} if cfg.kd_loss.balance else {}),
+                    **(student.beside.describe(hidden, balance=cfg.hidden_loss.balance) if cfg.hidden_loss else {}),
                     "lr": inputs.lr_schedule(step),
                     "grad_norm": grad_norm,
                     "num_tokens": num_tokens,
@@ -212,6 +217,7 @@ def build(
     teacher = load_teacher(cfg, ranks)
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=cfg.parallel.place(ranks.device), shard=shard)
+    add_hidden_loss(student, cfg, ranks)
     if cfg.enable_activation_checkpointing:
         mode = cfg.activation_checkpointing_mode
         models.enable_activation_checkpointing(student, mode, cfg.enable_activation_offloading)
@@ -234,7 +240,7 @@ def forward_backward(
     num_tokens: int,
     progress: float = 0.0,
 ) -> Tensor:
-    """Gradients of one optimizer step, and what is logged of it: total, ce, kd and balanced kd, [4].
+    """Gradients of one optimizer step, and what is logged of it, as `losses.Loss.logged`: [4], or with pairs more.
 
     Args:
         micro_batches: all of the step, on the host.
@@ -242,7 +248,9 @@ def forward_backward(
         progress: share of the run that is done, 0 to 1.
     """
     device = student.device
-    sums = torch.zeros(4, device=device)
+    hidden_loss: losses.HiddenLoss | None = student.beside
+    of_student, of_teacher = (hidden_loss.of_student, hidden_loss.of_teacher) if hidden_loss else ((), ())
+    logged: list[Tensor] = []
     losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
     for direction, i in pipeline_parallel.schedule(student, len(micro_batches)):
         if direction == "backward":
@@ -251,15 +259,17 @@ def forward_backward(
             continue
         # The teacher goes first: its activations are gone before the student's are kept for the backward.
         with record_function("teacher"):
-            targets = teacher(micro_batches[i])
+            targets = teacher(micro_batches[i], of_teacher)
         batch = micro_batches[i].to(device)
         with record_function("student"):
-            hidden = student.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+            hidden, captured = student.hidden_states(batch.tokens, batch.positions, batch.documents, of_student)
         with record_function("loss"):
-            loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress)
+            distances = hidden_loss(captured, targets, batch.labels, num_tokens) if hidden_loss else None
+            loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress, distances)
+        del captured, targets  # or the backward could free nothing of them
         losses_of[i] = loss.total
-        sums += torch.stack([loss.total.detach(), loss.ce, loss.kd, loss.kd_factor * loss.kd])
-    return sums
+        logged.append(loss.logged())
+    return torch.stack(logged).sum(0)
 
 
 @dataclass
@@ -394,10 +404,11 @@ def objective(
     batch: data.Batch,
     num_tokens: int,
     progress: float,
+    distances: Tensor | None = None,
 ) -> losses.Loss:
-    """loss = (1 - kd_ratio) * ce + kd_ratio * kd, each with its weight, of a micro-batch in `num_tokens` labels."""
+    """loss = (1 - kd_ratio) * ce + kd_ratio * (kd + hidden), each with its weight, of a part of `num_tokens` labels."""
     kd = cfg.kd_loss
-    return losses.distillation_loss(
+    loss = losses.distillation_loss(
         hidden,
         head,
         batch.labels,
@@ -418,6 +429,9 @@ def objective(
         chunk_size=cfg.loss_chunk_size,
         compile=cfg.compile,
     )
+    if cfg.hidden_loss is None or distances is None:
+        return loss
+    return losses.add_hidden(loss, distances, cfg.kd_ratio * cfg.hidden_loss.weight, balance=cfg.hidden_loss.balance)
 
 
 def validate(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher) -> dict[str, float]:

@@ -115,10 +115,10 @@ def test_quantised_is_compared_with_the_full_one_which_is_gone_by_then(
     answers: list[weakref.ref[Tensor]] = []
     ask = LiveTeacher.__call__
 
-    def remember(teacher: LiveTeacher, batch: data.Batch) -> losses.Targets:
+    def remember(teacher: LiveTeacher, batch: data.Batch, *wanted: Any) -> losses.Targets:
         nonlocal is_compared
         is_compared = bool(answers) and answers[0]() is None
-        targets = ask(teacher, batch)
+        targets = ask(teacher, batch, *wanted)
         answers.append(weakref.ref(targets.hidden))
         return targets
 

@@ -21,6 +21,7 @@ from kdtune.checkpoint.start import (
 from kdtune.checkpoint.state import (
     Run,
     begin,
+    beside,
     check_resume,
     is_started_again,
     latest,
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "StartCheckpointerConfig",
     "begin",
+    "beside",
     "check_files",
     "check_lora",
     "check_model",

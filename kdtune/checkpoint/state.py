@@ -30,7 +30,9 @@ from torch import Tensor
 
 from kdtune import __version__
 from kdtune.checkpoint.background import Background
-from kdtune.distributed import ALONE, Ranks
+from kdtune.distributed import ALONE, Ranks, reshard
+from kdtune.dtensors import held, local, whole
+from kdtune.models import Decoder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,6 +44,36 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Beside:
+    """What is trained beside a model and is in no folder of it, as a part of a run's state: `Decoder.beside`."""
+
+    def __init__(self, model: Decoder) -> None:
+        """All ranks that hold the model call this object's methods."""
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole weights by name, however many processes hold them."""
+        reshard(self._model)
+        return {name: whole(parameter.detach()) for name, parameter in self._model.beside.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        shapes = {name: parameter.shape for name, parameter in self._model.beside.named_parameters()}
+        if shapes != {name: saved.shape for name, saved in state.items()}:
+            raise ValueError(
+                f"The checkpoint has other projections than hidden_loss.projection asks for: {', '.join(state)}, not "
+                f"{', '.join(shapes)}. A run goes on with the settings that it began with: restore them."
+            )
+        for name, parameter in self._model.beside.named_parameters():
+            local(parameter).copy_(state[name][held(parameter)])
+
+
+def beside(model: Decoder) -> dict[str, Stateful]:
+    """The part of a run's state, by name, that is trained beside a model; none if nothing is."""
+    has_weights = model.beside is not None and any(True for _ in model.beside.parameters())
+    return {"beside": Beside(model)} if has_weights else {}
 
 
 class Trained(Protocol):
@@ -197,6 +229,7 @@ class Run:
         ranks.wait()
         if resume_from is not None:
             state = _read_state(resume_from, mmap=ranks.size > 1)
+            _check_parts(resume_from, state, parts)
             for name, part in parts.items():
                 part.load_state_dict(state[name] | _read_spread(resume_from / name, part, state[name], ranks))
             if ranks.rank < len(state["random"]):  # one that was not there then keeps the numbers it was started with
@@ -370,6 +403,16 @@ def _read_state(folder: Path, mmap: bool = False) -> dict[str, Any]:
             f"{folder / STATE_FILE} cannot be read ({type(error).__name__}). Delete {folder} to resume from "
             "an older checkpoint if there is one, or start again with overwrite_output_dir=true."
         ) from error
+
+
+def _check_parts(folder: Path, state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+    saved = state.keys() - {"step", "random"}
+    for name in sorted(saved ^ parts.keys()):
+        raise ValueError(
+            f"{folder} was saved {'with' if name in saved else 'without'} {name}, and this run would go on "
+            f"{'without' if name in saved else 'with'} it. A run goes on with the settings that it began with: restore "
+            "them, or begin another run in another output_dir."
+        )
 
 
 def _write_state(file: Path, state: dict[str, Any]) -> None:

@@ -201,12 +201,13 @@ def _refusal(value: Any, field: Field) -> str | None:
             known = "a config knows ${other.setting} and ${asset:<path>} only"
             return f"uses {unknown[1]}; {known}, and \\${{ for a text that has these two signs"
     wanted = f"wants {field.wanted()}, got {_show(value)}"
+    maps = typing.get_origin(next(iter(typing.get_args(field.type)), None)) is dict  # a list of them
     if isinstance(value, Mapping) and not field.section and not field.named_section:
         if not field.is_map:
             return f"is {field.wanted()} and has no setting {next(iter(value), '{}')} inside"
         if any(isinstance(item, (Mapping, list)) for item in value.values()):
             return wanted
-    if isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+    if isinstance(value, list) and any(isinstance(item, list) or isinstance(item, Mapping) != maps for item in value):
         return wanted
     if field.type is bool and type(value) is int and value not in (0, 1):
         return wanted

@@ -16,23 +16,31 @@ from kdtune.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from kdtune.losses.hidden import DISTANCES, HiddenLoss, WidthProjection, add_hidden
+from kdtune.losses.pairs import HiddenLossConfig, Pair, pairs_of
 from kdtune.losses.targets import Convention, SampledTargets, SparseTargets, Targets, TopKTargets
 from kdtune.losses.vocabulary import Vocabulary
 
 __all__ = [
+    "DISTANCES",
     "IGNORE",
     "CELossConfig",
     "Convention",
     "Divergence",
     "DivergenceName",
+    "HiddenLoss",
+    "HiddenLossConfig",
     "KDLossConfig",
     "Loss",
+    "Pair",
     "SampledTargets",
     "SparseTargets",
     "Targets",
     "TopKTargets",
     "Vocabulary",
+    "WidthProjection",
     "adaptive_kl",
+    "add_hidden",
     "block_rows",
     "build_divergence",
     "by_autograd",
@@ -42,6 +50,7 @@ __all__ = [
     "divergence",
     "forward_kl",
     "jsd",
+    "pairs_of",
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",

@@ -40,6 +40,8 @@ class Loss:
         teacher_ce: cross-entropy of the teacher against the labels; 0 unless metrics were asked for.
         teacher_entropy: entropy of the teacher's distribution at temperature 1; 0 unless metrics were asked for.
         agreement: share of tokens at which student and teacher have the same top-1 token; 0 unless asked for.
+        hidden: [pairs], the distances between hidden states that `add_hidden` has put into `total`; None without.
+        hidden_factor: what `balance` multiplied their mean by there.
     """
 
     total: Tensor
@@ -50,6 +52,15 @@ class Loss:
     teacher_ce: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
+    hidden: Tensor | None = None
+    hidden_factor: Tensor | None = None
+
+    def logged(self) -> Tensor:
+        """Total, ce, kd and balanced kd, [4]; with hidden states also the balanced mean and each, [5 + pairs]."""
+        values = torch.stack([self.total.detach(), self.ce, self.kd, self.kd_factor * self.kd])
+        if self.hidden is None or self.hidden_factor is None:
+            return values
+        return torch.cat([values, (self.hidden_factor * self.hidden.mean())[None], self.hidden])
 
 
 def distillation_loss(

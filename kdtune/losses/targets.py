@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -21,10 +22,13 @@ class Targets:
     Attributes:
         hidden: [b, s, d_t], after the teacher's final norm; or [t, d_t], of the labelled positions alone, in order.
         head: its output projection, weight [v_t, d_t]. Nothing of the teacher receives a gradient.
+        captured: what modules of the teacher that were asked for put out, by name; of the same positions, or of those
+            of this rank (see `HiddenLoss`).
     """
 
     hidden: Tensor
     head: nn.Module
+    captured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> torch.Size:

@@ -7,6 +7,7 @@ from kdtune.models.decoder import (
     Decoder,
     compile_layers,
     enable_activation_checkpointing,
+    module_names,
     num_parameters,
     parameter_shapes,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "is_quantized",
     "merge",
     "merged",
+    "module_names",
     "num_bytes",
     "num_parameters",
     "parameter_shapes",

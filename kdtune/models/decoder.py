@@ -6,7 +6,7 @@ Modules are named so that `state_dict()` has the keys of a Hugging Face checkpoi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a layer, as they compute
 
 
 class RMSNorm(nn.Module):
@@ -100,22 +103,40 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.checkpoint: Callable[..., Tensor] | None = None
-        self.compiled: Callable[..., Tensor] | None = None
+        self.checkpoint: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Any] | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None, wanted: tuple[str, ...] = ()
+    ) -> Any:
+        """What goes on to the next layer, [b, s, d]; if some of `PARTS` are wanted, a tuple that begins with it."""
         # Not with a cache, which grows with each token: code would be compiled for each length.
         compute = self._keep_less if self.compiled is None or cache is not None else self.compiled
-        return compute(x, cos, sin, sight, cache)
+        return compute(x, cos, sin, sight, cache, wanted)
 
-    def _keep_less(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+    def _keep_less(
+        self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None, wanted: tuple[str, ...]
+    ) -> Any:
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._forward(x, cos, sin, sight, cache)
-        return self.checkpoint(functools.partial(self._forward, sight=sight, cache=cache), x, cos, sin)
+            return self._forward(x, cos, sin, sight, cache, wanted)
+        return self.checkpoint(functools.partial(self._forward, sight=sight, cache=cache, wanted=wanted), x, cos, sin)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, sight, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None, wanted: tuple[str, ...]
+    ) -> Any:
+        # As outputs, not by hooks: so they pass through checkpointing, compiled code and FSDP as any output does.
+        found: dict[str, Tensor] = {}
+
+        def seen(part: str, output: Tensor) -> Tensor:
+            if part in wanted:
+                found[part] = output
+            return output
+
+        normed = self.input_layernorm(x)
+        x = x + seen("self_attn", self.self_attn(seen("input_layernorm", normed), cos, sin, sight, cache))
+        del normed  # as soon as it would go if nobody named it
+        x = x + seen("mlp", self.mlp(seen("post_attention_layernorm", self.post_attention_layernorm(x))))
+        return (x, *(found[part] for part in wanted)) if wanted else x
 
 
 class Trunk(nn.Module):
@@ -134,9 +155,18 @@ class Trunk(nn.Module):
         self.slice, self.num_slices = 0, 1  # which of the rows' equal slices it gets, unless there is a cache
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Documents | None,
+        cache: KVCache | None,
+        captured: dict[str, Tensor | None] | None = None,
     ) -> Tensor:
+        """As `Decoder.hidden_states`, which finds in `captured` what the modules that are its keys have put out."""
+        captured = {} if captured is None else captured
         x = self.embed_tokens(tokens)  # [b, s, d]
+        if "model.embed_tokens" in captured:
+            captured["model.embed_tokens"] = x
         num_slices, begin = (self.num_slices, self.slice * tokens.size(1)) if cache is None else (1, 0)
         here = slice(begin, begin + tokens.size(1))
         index = torch.arange(num_slices * tokens.size(1), device=tokens.device)[None]  # [1, s] of whole rows
@@ -164,10 +194,20 @@ class Trunk(nn.Module):
             lengths = lengths if documents is None else documents.lengths_of_tokens()[:, here]
         cos, sin = (part.to(x.dtype)[:, None] for part in self.rope(positions, lengths))  # [b, 1, s, n]
         offloader = Offloader() if self.offload_activations and torch.is_grad_enabled() else None
-        for layer, window in zip(self.layers, self.config.windows, strict=True):
+        for number, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+            name = f"model.layers.{number}"
+            wanted = tuple(part for part in PARTS if f"{name}.{part}" in captured) if captured else ()
             with offloader.keep(x, is_last=layer is self.layers[-1]) if offloader else nullcontext():
-                x = layer(x, cos, sin, sights[window], cache)
-        return self.norm(x)
+                x = layer(x, cos, sin, sights[window], cache, wanted)
+            if wanted:
+                x, *parts = x
+                captured.update((f"{name}.{part}", output) for part, output in zip(wanted, parts, strict=True))
+            if name in captured:
+                captured[name] = x
+        x = self.norm(x)
+        if "model.norm" in captured:
+            captured["model.norm"] = x
+        return x
 
 
 def _embedding(config: ModelConfig) -> nn.Embedding:
@@ -194,6 +234,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.stage: Stage | None = None  # which of its layers are here, if a pipeline has it
         self.compute_device: torch.device | None = None  # to which its weights come; None: they are there
+        self.beside: Any = None  # a module what is trained with it and is no part of it: see `trained_parameters`
 
     def in_checkpoint(self, name: str) -> str:
         """A parameter's name in a checkpoint, where a tied weight is once; the last stage of a pipeline has it too."""
@@ -232,6 +273,31 @@ class Decoder(nn.Module):
             [b, s, d], in the weights' dtype.
         """
         return self.model(tokens, positions, documents, cache)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        wanted: Collection[str] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `hidden` returns, and what some modules put out on the way.
+
+        Args:
+            tokens: [b, s], int64.
+            positions: as for `hidden`.
+            documents: as for `hidden`.
+            wanted: names of modules, of those in `module_names`.
+
+        Returns:
+            [b, s, d]; and by name [b, s, d] of each wanted module. Of a model that is split over a tensor-parallel
+            group these have the positions of this rank, [b, ceil(s / n), d], of which the last may be padding.
+        """
+        captured: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        hidden = self.model(tokens, positions, documents, None, captured)
+        found = {name: output for name, output in captured.items() if output is not None}
+        assert len(found) == len(captured), f"of {list(captured)} there are {list(found)}"
+        return hidden, found
 
     def forward(
         self,
@@ -280,6 +346,16 @@ def compile_layers(model: Decoder, backend: str | Callable[..., Any] = "inductor
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.compiled = torch.compile(layer._keep_less, dynamic=True, backend=backend, options=options)
+
+
+def module_names(config: ModelConfig) -> list[str]:
+    """Modules of which `Decoder.hidden_states` gives the output, as they compute; a layer's own is that after its MLP.
+
+    All are [b, s, d].
+    """
+    layers = [f"model.layers.{index}" for index in range(config.num_layers)]
+    parts = [name for layer in layers for name in (*(f"{layer}.{part}" for part in PARTS), layer)]
+    return ["model.embed_tokens", *parts, "model.norm"]
 
 
 @functools.cache

@@ -185,8 +185,12 @@ def init_lora(model: Decoder, *, seed: int) -> None:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name: of a model with adapters, these and the modules that are trained whole."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """What is trained of a model, by name: of one with adapters, these and the modules that are trained whole.
+
+    What `Decoder.beside` holds is not.
+    """
+    named = ((name, parameter) for name, parameter in model.named_parameters() if not name.startswith("beside."))
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def trained_shapes(config: ModelConfig, cfg: LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -69,13 +69,16 @@ def without_data(host: bool) -> Iterator[tuple[Compute, list[float]]]:
         yield _compute if host else _compute_beside_host, shares
 
 
-def _answers(teacher: CachedTeacher, batch: Batch) -> Targets | TopKTargets | SampledTargets:
+def _answers(
+    teacher: CachedTeacher, batch: Batch, wanted: Collection[str] = ()
+) -> Targets | TopKTargets | SampledTargets:
     """As many as there can be."""
     store, device = teacher.cache.card.store, teacher.device
     t = batch.labels.numel() if batch.scored is None else len(batch.scored)
     if teacher.head is not None:
         dtype = torch.bfloat16 if store.hidden_dtype == "bf16" else torch.float32
-        return Targets(torch.empty(t, teacher.head.in_features, dtype=dtype, device=device), teacher.head)
+        hidden = torch.empty(t, teacher.head.in_features, dtype=dtype, device=device)
+        return Targets(hidden, teacher.head, dict.fromkeys(wanted, hidden))
     k = store.top_k if store.kind == "top_k" else store.num_samples + 1
     ids = torch.empty(t, k, dtype=torch.int64, device=device)
     values, of_tokens = (torch.empty(shape, device=device) for shape in ((t, k), (t,)))

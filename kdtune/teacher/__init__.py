@@ -3,6 +3,7 @@
 from kdtune.teacher.asking import ask, keep_head
 from kdtune.teacher.cached import CachedTeacher
 from kdtune.teacher.config import TeacherConfig
+from kdtune.teacher.hidden import add_hidden_loss, check_hidden_loss
 from kdtune.teacher.live import LiveTeacher
 from kdtune.teacher.start import (
     FoundTeacher,
@@ -21,7 +22,9 @@ __all__ = [
     "LiveTeacher",
     "Teacher",
     "TeacherConfig",
+    "add_hidden_loss",
     "ask",
+    "check_hidden_loss",
     "check_live_teacher",
     "check_teacher",
     "find_teacher",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,12 @@ class CachedTeacher:
         """Read ahead what `loader` is going to deal out; of a stream that is not known."""
         self._loader = loader if isinstance(loader, Loader) else None
 
-    def __call__(self, batch: Batch) -> Targets | TopKTargets | SampledTargets:
-        """What was said at each scored position, on the student's device; `batch` must be on the host.
+    def __call__(self, batch: Batch, wanted: Collection[str] = ()) -> Targets | TopKTargets | SampledTargets:
+        """What was said at each scored position, on the student's device.
+
+        Args:
+            batch: on the host.
+            wanted: modules whose outputs are asked for as well: none but `model.norm`, if that is what is there.
 
         Raises:
             ValueError: an example that was never asked about, or an answer that is damaged.
@@ -71,7 +76,12 @@ class CachedTeacher:
         found = concatenate(answers) if answers else take(self._read(int(self.cache.ids[0])), slice(0))
         first = np.cumsum([0, *map(len, answers)])[:-1]
         counts = np.diff([*starts, len(keys.places)])
-        return self._targets(found, keys.places + np.repeat(first, counts))
+        targets = self._targets(found, keys.places + np.repeat(first, counts))
+        if wanted:
+            assert isinstance(targets, Targets)
+            assert set(wanted) == {"model.norm"}
+            return replace(targets, captured={"model.norm": targets.hidden})
+        return targets
 
     def _read_ahead(self) -> None:
         if self._loader is None or self._loader.place == self._place:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -46,13 +48,20 @@ class LiveTeacher:
     def follow(self, loader: object) -> None:
         """Nothing: what it will be asked need not be known before."""
 
-    def __call__(self, batch: Batch) -> Targets:
-        """The distributions of each position, on the student's device; `batch` may be anywhere."""
+    def __call__(self, batch: Batch, wanted: Collection[str] = ()) -> Targets:
+        """The distributions of each position, on the student's device.
+
+        Args:
+            batch: anywhere.
+            wanted: modules whose outputs are asked for as well, of those in `module_names`.
+        """
         batch = batch.to(self.device)
         with self._without_gradients():
-            hidden = self.model.hidden(batch.tokens, batch.positions, batch.documents)  # [b, s, d]
+            hidden, captured = self.model.hidden_states(batch.tokens, batch.positions, batch.documents, wanted)
         # Copied: what was made in inference mode cannot be kept for a backward, as a loss of one's own may want to.
-        return Targets(hidden.to(self.head.weight.device, copy=True), self.head)
+        device = self.head.weight.device
+        copies = {name: captured.pop(name).to(device, copy=True) for name in list(captured)}
+        return Targets(hidden.to(device, copy=True), self.head, copies)
 
     def compare(self, full_hidden: Tensor, batch: Batch, chunk_size: int | None) -> str:
         """In words, how far this teacher's predictions are from those that it made before it was quantised.

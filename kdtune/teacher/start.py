@@ -17,6 +17,7 @@ from kdtune.distributed import Ranks
 from kdtune.models import ModelConfig, check_quantization, from_hf_config
 from kdtune.teacher.cached import CachedTeacher
 from kdtune.teacher.config import TeacherConfig
+from kdtune.teacher.hidden import check_hidden_loss
 from kdtune.teacher.live import LiveTeacher
 from kdtune.teacher_cache import TOKENIZER, TeacherCache, teacher_fingerprint
 from kdtune.tokenizers import Tokenizer
@@ -144,6 +145,7 @@ def check_teacher(cfg: Any, device: torch.device) -> None:
     teacher: TeacherConfig = cfg.teacher
     if teacher.cache_dir is not None:
         _check_cached(cfg)
+        check_hidden_loss(cfg)
         return
     losses.check_targets(cfg.kd_loss, "whole")
     if cfg.teacher_checkpointer is None:
@@ -152,6 +154,7 @@ def check_teacher(cfg: Any, device: torch.device) -> None:
             "teacher_checkpointer.checkpoint_dir=<folder of the teacher>, or teacher.cache_dir=<folder of its answers>."
         )
     check_live_teacher(cfg, device)
+    check_hidden_loss(cfg)
 
 
 def check_live_teacher(cfg: Any, device: torch.device) -> None:

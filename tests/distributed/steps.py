@@ -22,7 +22,7 @@ from kdtune.dtensors import is_spread
 from kdtune.generation import generate
 from kdtune.models import LoraConfig, QATConfig, enable_activation_checkpointing, trained_parameters
 from kdtune.pipeline_parallel import schedule
-from kdtune.teacher import LiveTeacher, Teacher
+from kdtune.teacher import LiveTeacher, Teacher, TeacherConfig, add_hidden_loss
 
 STEPS = 3
 Lengths = Sequence[int | tuple[int, ...]]
@@ -61,6 +61,10 @@ class Settings:
     student: str = "student"  # or whose model it is
     dtype: torch.dtype = torch.float64
     checkpointer: checkpoint.StartCheckpointerConfig = field(default_factory=checkpoint.StartCheckpointerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_checkpointer: checkpoint.CheckpointerConfig = field(default_factory=checkpoint.CheckpointerConfig)
+    hidden_loss: losses.HiddenLossConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Training:
@@ -77,11 +81,13 @@ class Training:
         self.ranks = ranks or distributed.join(parallel, "cpu")
         if parallel.offload and self.ranks.device.type == "cpu":
             offload_without_a_gpu()
-        self.cfg = cfg = Settings(**settings)
+        self.cfg = cfg = Settings(**settings, parallel=parallel)
         cfg.checkpointer.checkpoint_dir = str(models / cfg.student)
+        cfg.teacher_checkpointer.checkpoint_dir = str(models / "teacher")
         place = parallel.place(self.ranks.device)
         shard = distributed.sharding(self.ranks, parallel, trains=True)
         self.student = checkpoint.load_start(cfg, start, dtype=cfg.dtype, device=place, shard=shard)
+        add_hidden_loss(self.student, cfg, self.ranks)
         size = self.student.config.vocab_size
         shard = distributed.sharding(self.ranks, parallel, trains=False, vocab_size=size)
         place = self.ranks.device if shard is None else place
@@ -107,11 +113,16 @@ class Training:
             if direction == "backward":
                 waiting.pop(i).backward()
                 continue
-            targets = self.teacher(mine[i])
+            compared = self.student.beside or losses.HiddenLoss([])
+            targets = self.teacher(mine[i], compared.of_teacher)
             batch = mine[i].to(self.ranks.device)
-            hidden = self.student.hidden(batch.tokens, batch.positions, batch.documents)
+            args = (batch.tokens, batch.positions, batch.documents)
+            hidden, captured = self.student.hidden_states(*args, wanted=compared.of_student)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)
+            if compared.pairs:
+                distances = compared(captured, targets, batch.labels, num_tokens)
+                loss = losses.add_hidden(loss, distances, 0.5)
             waiting[i] = loss.total
             total += loss.total.detach()
         norm = self.optimizer.clip_grad_norm(None if self.cfg.optimizer_in_bwd else 0.1)
@@ -182,7 +193,7 @@ def train(
     """Steps, after the first a checkpoint, at the end the model."""
     training = Training(models, parallel, **settings)
     writer = write(training)
-    run = Run(folder, None, writer, optimizer=training.optimizer)
+    run = Run(folder, None, writer, optimizer=training.optimizer, **checkpoint.beside(training.student))
     numbers = []
     for run.step in range(1, STEPS + 1):
         numbers.append(training.step(run.step, lengths))
@@ -222,7 +233,8 @@ def resume(
 ) -> list[list[float]]:
     """The steps after a checkpoint."""
     training = Training(models, parallel, start=start, **settings)
-    run = Run(folder, start, write(training), optimizer=training.optimizer)
+    parts = {"optimizer": training.optimizer, **checkpoint.beside(training.student)}
+    run = Run(folder, start, write(training), **parts)
     return [training.step(step, lengths) for step in range(run.step + 1, STEPS + 1)]
 
 

@@ -126,6 +126,7 @@ def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: P
         (["lora.rank=2", "parallel.tensor=2"], "lora does not go with parallel.tensor=2"),
         (["qat.weights=int8", "parallel.tensor=2"], "qat does not go with parallel.tensor=2"),
         (["optimizer_in_bwd=true", "parallel.pipeline=2"], "optimizer_in_bwd does not go with parallel.pipeline=2"),
+        (["hidden_loss.name=mse", "parallel.pipeline=2"], "hidden_loss does not go with parallel.pipeline=2"),
         (["parallel.tensor=2"], "the student has 1 key heads"),
         (["parallel.tensor=2", "kd_loss.name=adaptive_kl"], "sorts whole distributions"),
         (["parallel.tensor=2", "teacher_parallel.data_shard=2"], "Give teacher_parallel.tensor=2"),

@@ -17,10 +17,18 @@ from kdtune.config import load
 from kdtune.distributed import Ranks
 
 EVERYTHING = ["enable_activation_checkpointing=true", "dataset.packed=true"]
+HIDDEN = [
+    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm}]",
+    "hidden_loss.projection=per_pair",
+]
 SELECTIVE = [*EVERYTHING, "activation_checkpointing_mode=selective"]
 
 
-@pytest.mark.parametrize("overrides", [[], EVERYTHING, SELECTIVE], ids=["plain", "everything", "selective"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], EVERYTHING, SELECTIVE, HIDDEN, [*HIDDEN, *EVERYTHING]],
+    ids=["plain", "everything", "selective", "hidden", "hidden and everything"],
+)
 def test_memory_does_not_grow(overrides: list[str], tiny: Path, tmp_path: Path) -> None:
     """Neither what is kept between steps, nor the most that is alive within one; without the garbage collector."""
     recipe = load_module(catalog.find_recipe("knowledge_distillation"))

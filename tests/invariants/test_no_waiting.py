@@ -25,7 +25,13 @@ SETTINGS = {
     "adapters": ["lora.rank=2", "lora.dropout=0.1"],
     "8-bit moments": ["optimizer.name=adamw_8bit"],
 }
+HIDDEN = [
+    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm}]",
+    "hidden_loss.projection=shared",
+    "hidden_loss.balance=true",
+]
 OBJECTIVE = [
+    *HIDDEN,
     "kd_loss.name=jsd",
     "kd_loss.temperature=2",
     "kd_loss.label_margin=0.1",

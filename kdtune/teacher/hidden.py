@@ -1,0 +1,95 @@
+"""Hidden states of student and teacher that are to be alike: from the settings to what computes the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdtune import distributed, losses
+from kdtune.distributed import Ranks
+from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair
+from kdtune.models import Decoder, from_hf_config, module_names
+from kdtune.teacher_cache import Hidden, TeacherCache
+
+CACHED = "model.norm"  # all that a cache of hidden states has
+
+
+def check_hidden_loss(cfg: Any) -> None:
+    """Refuse pairs of which one side is nowhere, or that cannot be compared.
+
+    Args:
+        cfg: a recipe's settings; of each model `config.json` is read, or the card of a cache.
+
+    Raises:
+        FileNotFoundError, ValueError: which pair or setting, why and what to do.
+    """
+    settings: HiddenLossConfig | None = cfg.hidden_loss
+    if settings is None:
+        return
+    if cfg.kd_ratio == 0:
+        raise ValueError(
+            "hidden_loss is a part of what the teacher teaches, which kd_ratio=0 leaves out. Raise kd_ratio, or leave "
+            "hidden_loss out."
+        )
+    _pairs(cfg)
+    student, teacher = _widths(cfg)
+    if student != teacher and settings.projection is None:
+        raise ValueError(
+            f"The student's hidden states have {student} numbers and the teacher's {teacher}, and hidden_loss compares "
+            "them one by one. Give hidden_loss.projection=shared, which trains a map between them, or per_pair for "
+            "one of each pair."
+        )
+
+
+def add_hidden_loss(student: Decoder, cfg: Any, ranks: Ranks) -> None:
+    """Give the student `beside` what compares its hidden states with the teacher's, if the settings ask for it.
+
+    Args:
+        student: as it is trained, spread over the ranks if it is to be. All of them must call.
+        cfg: a recipe's settings, once `check_hidden_loss` has seen them.
+        ranks: the processes.
+    """
+    settings: HiddenLossConfig | None = cfg.hidden_loss
+    if settings is None:
+        return
+    vocabulary = getattr(student.head, "vocabulary", None)
+    with torch.device("meta"):
+        student.beside = HiddenLoss(_pairs(cfg), settings.projection, _widths(cfg), vocabulary)
+    dtype = torch.promote_types(student.head.weight.dtype, torch.float32)
+    student.beside.to(dtype).to_empty(device=cfg.parallel.place(ranks.device))
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for projection in student.beside.projections:
+        projection.init(settings.projection_init, student.config.initializer_range, generator)
+    distributed.share_beside(student, ranks, cfg.parallel)
+
+
+def _pairs(cfg: Any) -> list[Pair]:
+    student = module_names(from_hf_config(cfg.checkpointer.read_config()))
+    if cfg.teacher.cache_dir is None:
+        teacher = module_names(from_hf_config(cfg.teacher_checkpointer.read_config()))
+        return losses.pairs_of(cfg.hidden_loss, student, teacher)
+    kind = TeacherCache(cfg.teacher.cache_dir).card.store.kind
+    if kind != "hidden":
+        raise ValueError(
+            f"teacher.cache_dir={cfg.teacher.cache_dir} has {kind} of the teacher's distributions, and hidden_loss "
+            "compares hidden states. Ask the teacher during the run (teacher_checkpointer), make a cache of "
+            "store.kind=hidden, which has those of model.norm, or leave hidden_loss out."
+        )
+    try:
+        return losses.pairs_of(cfg.hidden_loss, student, [CACHED])
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (Of the teacher's hidden states teacher.cache_dir={cfg.teacher.cache_dir} has those of {CACHED} "
+            "alone. Others are there if the teacher is asked during the run: teacher_checkpointer.)"
+        ) from None
+
+
+def _widths(cfg: Any) -> tuple[int, int]:
+    """Of student and teacher."""
+    student = from_hf_config(cfg.checkpointer.read_config()).hidden_size
+    if cfg.teacher.cache_dir is None:
+        return student, from_hf_config(cfg.teacher_checkpointer.read_config()).hidden_size
+    cache = TeacherCache(cfg.teacher.cache_dir)
+    found = cache.read(int(cache.ids[0])) if len(cache) else None  # one without answers is refused elsewhere
+    return student, found.hidden.shape[1] if isinstance(found, Hidden) else student
