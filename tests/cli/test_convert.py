@@ -356,8 +356,9 @@ def test_model_optimizer(tmp_path: Path, convert: Any) -> None:
     assert "model.num_layers=4: model folders are named instead" in settings[1]
 
 
-def test_pairs_of_modules(convert: Any) -> None:
+def test_pairs_of_modules(tmp_path: Path, convert: Any) -> None:
     settings, told = convert(PAIRS)
+    load(settings, tmp_path, "checkpointer.checkpoint_dir=x", "teacher_checkpointer.checkpoint_dir=x", "output_dir=x")
     assert settings["hidden_loss"] == {
         "pairs": [
             {
