@@ -114,10 +114,10 @@ class CachedTeacher:
         known: dict[str, Any] = {
             "entropy": send(found.entropy),
             "label_log_probs": send(found.label_log_probs),
-            "top_ids": send(found.top_ids).long(),
+            "top_ids": send(found.top_ids),
             "vocab_size": self.cache.card.vocab_size,
         }
-        ids = send(found.ids).long()
+        ids = send(found.ids)
         if isinstance(found, Samples):
             return SampledTargets(ids, send(found.weights), **known)
         return TopKTargets(ids, send(found.log_probs), send(found.log_rest), convention=self.convention, **known)

@@ -12,6 +12,7 @@ cache of draws can only estimate the divergence. --plot also draws what the tabl
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -58,7 +59,7 @@ WAYS = {
     "samples-12": Way("12 draws", ("store.kind=samples",)),
     "labels": Way("no teacher", student=("kd_ratio=0",)),
 }
-USUAL = [name for name in WAYS if name not in ("hidden", "labels")]
+USUAL = [name for name in WAYS if name not in ("hidden", "top-256", "labels")]
 
 
 def kdtune(*words: str) -> None:
@@ -68,6 +69,7 @@ def kdtune(*words: str) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}")
 
 
+@functools.cache
 def ask(store: tuple[str, ...], folder: Path, num_rows: int) -> float:
     """Bytes for each labelled token of a cache, which is made or completed."""
     rows = [f"dataset.split=[:{num_rows}]", "dataset_val=null"]
@@ -120,7 +122,7 @@ def run(settings: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 def spread(values: list[float], form: str) -> str:
     """Mean and standard deviation."""
     mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form).rstrip('%')}"
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form).strip('+%')}"
 
 
 COLUMNS = {
@@ -150,7 +152,8 @@ def plot(found: Mapping[str, list[dict[str, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "kdtune", "font.size": 9})  # the same file each time
+    # The salt makes it the same file each time.
+    matplotlib.rcParams.update({"svg.hashsalt": "kdtune", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
     shown = [name for name in found if name != "labels"]  # far away
