@@ -2,6 +2,7 @@
 
     python tests/benchmarks/cached_teacher.py
     python tests/benchmarks/cached_teacher.py --threads 1 --variants finetune live top-64
+    python tests/benchmarks/cached_teacher.py --threads 1 --rounds 12 --steps 1 --variants live pair projected
 
 The same student takes the same steps on the same rows, as the recipes take them: the next rows, the teacher, forward,
 loss, backward, clipping, AdamW. The caches are made first. Ratios are of processor seconds, among which are those of
@@ -139,9 +140,15 @@ def measured(call: Callable[[], None], num_tokens: int) -> Callable[[], Answer]:
     return lambda: {**meter(call), "tokens": num_tokens}
 
 
+PAIR = "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1}]"
 VARIANTS = {
     "finetune": Variant("finetune", steps("finetune")),
     "live": Variant("live", steps("knowledge_distillation", "kd_ratio=1", TEACHER)),
+    "pair": Variant("live, a pair of layers", steps("knowledge_distillation", "kd_ratio=1", TEACHER, PAIR)),
+    "projected": Variant(
+        "live, a projected pair",
+        steps("knowledge_distillation", "kd_ratio=1", TEACHER, PAIR, "hidden_loss.projection=shared"),
+    ),
     **{
         name: Variant(f"cached, {title}", steps("knowledge_distillation", "kd_ratio=1", cache=name))
         for name, (title, _) in STORES.items()
