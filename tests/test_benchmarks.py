@@ -80,7 +80,11 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             "kdtune-8 kdtune-samples kdtune-hidden distillkit-16 megatron nemo-aligner",
             "--sources 97 quickstart --tokens 5 --examples 2",
         ),
-        ("cached_teacher.py", "finetune live projected samples-12 hidden forward ask-hidden read-top-64", "--rows 2 --steps 1"),
+        (
+            "cached_teacher.py",
+            "finetune live projected samples-12 hidden forward ask-hidden read-top-64",
+            "--rows 2 --steps 1",
+        ),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
         (
             "adapters.py",
