@@ -64,6 +64,11 @@ def loss_of_logits(student, teacher, labels=None, num_tokens=1, **settings) -> L
     return distillation_loss(student, identity(student), labels, num_tokens, targets, **settings)
 
 
+def values_of(loss: Loss) -> dict[str, torch.Tensor]:
+    """All values by name, of a loss without hidden states."""
+    return {name: value for name, value in vars(loss).items() if value is not None}
+
+
 def kd_and_grad(student, teacher, **settings):
     """The divergence, summed over all positions, and its gradient to the student's logits."""
     student = student.detach().requires_grad_()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import identity, loss_of_logits, make_logits, make_problem
+from problems import identity, loss_of_logits, make_logits, make_problem, values_of
 from test_sampled import draw
 from test_targets import known, top_k
 
@@ -28,7 +28,7 @@ def whole_and_compact(kind, teacher, labels):
 def total_and_grad(student, targets, labels, **settings):
     student = student.detach().requires_grad_()
     loss = loss_of_logits(student, targets, labels, 19, ce_weight=0.4, **settings)
-    return *vars(loss).values(), torch.autograd.grad(loss.total, student)[0]
+    return *values_of(loss).values(), torch.autograd.grad(loss.total, student)[0]
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -102,6 +102,6 @@ def test_compiled_equals_eager(kind, vocab_size):
     results = []
     for compile in (False, True):
         loss = distillation_loss(hidden, head, labels, 80, type(targets)(**fields), compile=compile, **settings)
-        results.append([*vars(loss).values(), *torch.autograd.grad(loss.total, (hidden, head.weight))])
+        results.append([*values_of(loss).values(), *torch.autograd.grad(loss.total, (hidden, head.weight))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import DEFINITIONS, make_problem
+from problems import DEFINITIONS, make_problem, values_of
 from test_engine import AdaptedHead, Head, like
 from torch import nn
 
@@ -211,7 +211,7 @@ def compute(problem, top_k, settings, vocabulary=None, teacher_vocabulary=None):
     loss = distillation_loss(hidden, head, labels, 19, targets, **settings, vocabulary=vocabulary)
     (3 * loss.total).backward()
     grads = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.requires_grad}
-    return torch.stack([*vars(loss).values()]).detach(), hidden.grad, grads
+    return torch.stack([*values_of(loss).values()]).detach(), hidden.grad, grads
 
 
 COLLECTIVES = [name for name in dir(dist) if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter"))]
