@@ -103,7 +103,7 @@ def test_a_changed_copy_is_planned_as_it_is(argv: list[str], tmp_path: Path, kdt
     copy = tmp_path / "mine.py"
     assert kdtune("cp", "knowledge_distillation", str(copy))[0] == 0
     source = copy.read_text()
-    chunked = "loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress)"
+    chunked = "loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress, distances)"
     assert chunked in source
     dense = (
         "scored = batch.labels != losses.IGNORE\n"
