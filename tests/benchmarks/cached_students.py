@@ -55,6 +55,7 @@ WAYS = {
     "top-256": Way("top 256", ("store.top_k=256",)),
     "top-64": Way("top 64", ()),
     "top-8": Way("top 8", ("store.top_k=8",)),
+    "samples-200": Way("200 draws", ("store.kind=samples", "store.num_samples=200")),
     "samples-50": Way("50 draws", ("store.kind=samples", "store.num_samples=50")),
     "samples-12": Way("12 draws", ("store.kind=samples",)),
     "labels": Way("no teacher", student=("kd_ratio=0",)),
