@@ -58,25 +58,34 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+NAMES = [name if size == 2 else pytest.param(name, marks=pytest.mark.slow) for name, (size, *_) in LAYOUTS.items()]
+
+
 @pytest.fixture(scope="module")
-def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What the processes found; and the folder with what they wrote."""
+def found(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[dict[str, Any], Path]:
+    """What the processes found; and the folder with what they wrote. Of four only if a slow test asks for them."""
+    is_slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    sizes = (2, 4) if is_slow else (2,)
     folder = tmp_path_factory.mktemp("runs")
     one, numbers = ParallelConfig(), {}
     for name in ("sharded", "offloaded", "adapter"):
         numbers[alone(name)] = train(models, one, folder / alone(name), LENGTHS, **LAYOUTS[name][2])
-    for size in (2, 4):
+    for size in sizes:
         first, *others = ranks.run(size, work, folder, size, models, folder)
         for other in others:  # what is logged is the same on every process
             torch.testing.assert_close(other, first, rtol=0, atol=0)
         numbers |= first
-    for name, (_, _, settings) in LAYOUTS.items():
+    for name, (size, _, settings) in LAYOUTS.items():
+        if size not in sizes:
+            continue
         kept = folder / name / "kept"
         numbers[f"alone from {name}"] = resume(models, one, kept, folder / "resumed", LENGTHS, **settings)
     return numbers, folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_are_those_of_one_process(name: str, found: tuple[dict[str, Any], Path]) -> None:
     """And each goes on from the other's checkpoint, which has the projections."""
     numbers, folder = found
@@ -89,7 +98,7 @@ def test_steps_are_those_of_one_process(name: str, found: tuple[dict[str, Any], 
         check_same(numbers, folder, name, alone(name))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_projection_is_in_what_is_written(name: str, found: tuple[dict[str, Any], Path]) -> None:
     _, folder = found
     files = [*(folder / name).glob("kept/*.safetensors"), *(folder / name).glob("[am]*/*.safetensors")]

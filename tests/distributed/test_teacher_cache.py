@@ -303,6 +303,7 @@ def test_hidden_states_do_not_go_with_tensor_parallel(asked: Path) -> None:
         recipe.check_settings(cfg, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), [("top", "tensor"), ("hidden", "pipeline")])
 def test_a_plan_of_two_processes(kind: str, layout: str, asked: Path) -> None:
     """Of a top k, also with the divergence that sorts whole rows."""
