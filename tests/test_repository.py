@@ -198,7 +198,9 @@ def test_config_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
 def test_config_header(path: Path) -> None:
-    (shipped,) = [found for found in catalog.configs() if found.path.samefile(path)]
+    every = {found.path.resolve(): found for found in catalog.configs()}
+    assert path in every
+    shipped = every[path]
     header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
     assert header
     assert shipped.title
