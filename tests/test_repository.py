@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "dtensors": set[str](),
     "pruning": {"config", "data", "models"},
     "generation": {"config", "documents", "models", "tokenizers"},
+    "evaluation": {"config", "data", "documents", "generation", "losses", "models", "tokenizers"},
     "conversion": set[str](),
     "cli": {"cli", "config", "conversion", "data", "launching", "memory", "planning"},
     "launching": {"distributed"},
