@@ -57,7 +57,9 @@ MAY_IMPORT = {
     "dtensors": set[str](),
     "pruning": {"config", "data", "models"},
     "generation": {"config", "documents", "models", "tokenizers"},
-    "evaluation": {"config", "data", "documents", "generation", "losses", "models", "tokenizers"},
+    "evaluation": {
+        *("config", "data", "distributed", "documents", "generation", "losses", "metrics", "models", "tokenizers"),
+    },
     "conversion": set[str](),
     "cli": {"cli", "config", "conversion", "data", "launching", "memory", "planning"},
     "launching": {"distributed"},

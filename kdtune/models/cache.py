@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,12 @@ class KVCache:
         assert (positions is None) == (self.length == 0), "only the first forward has no positions"
         self._positions = positions
         self.length += num_tokens
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, of which one may come several times: each as far as it is now."""
+        for kept in (self.keys, self.values):
+            for layer, heads in kept.items():
+                kept[layer] = heads[torch.tensor(rows, device=heads.device)]
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep [b, h, s, n] of one layer and return all that its queries may look at, [b, h, slots, n]."""
