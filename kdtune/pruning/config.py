@@ -116,6 +116,7 @@ def _heads(cfg: WidthConfig, model: ModelConfig) -> tuple[int, int]:
     key_heads, heads = cfg.num_kv_heads, cfg.num_heads
     if heads is None:
         assert key_heads is not None
+        _check_smaller("num_kv_heads", key_heads, model.num_kv_heads)
         heads = key_heads * of_one
     elif key_heads is None:
         if heads % of_one:

@@ -294,6 +294,7 @@ def test_config_of_a_narrower_model(oracle: Oracle) -> None:
         ({"hidden_size": 64}, r"width\.hidden_size=64 leaves out nothing: the model has 64"),
         ({"intermediate_size": 97}, r"width\.intermediate_size=97 leaves out nothing: the model has 96"),
         ({"num_heads": 4}, r"width\.num_heads=4 leaves out nothing"),
+        ({"num_kv_heads": 2}, r"width\.num_kv_heads=2 leaves out nothing: the model has 2"),
         ({"num_kv_heads": 3}, r"width\.num_kv_heads=3 leaves out nothing: the model has 2"),
         ({"num_heads": 3}, r"2 query heads share a key head.*multiple of 2, or give width\.num_kv_heads=2"),
         ({"num_heads": 3, "num_kv_heads": 2}, r"same number of query heads.*multiple of 2, up to 4"),
