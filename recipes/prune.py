@@ -245,13 +245,13 @@ def table(cfg: Config, found: Found, kept: pruning.Kept) -> str:
     }
     hidden = shares.pop("hidden", None)
     block = f" of the {found.block_size} from it" * (found.block_size > 1)
-    title = f"importance: {cfg.depth.importance or 'cosine'}{block}"
-    lines = ["".join(["layer", f"{title:>32}", f"{'':>8}", *(f"{name:>8}" for name in shares)])]
+    title = f"  importance: {cfg.depth.importance or 'cosine'}{block}"
+    lines = ["".join(["layer", title, f"{'':>8}", *(f"{name:>8}" for name in shares)])]
     for layer in range(found.num_layers):
         score = f"{found.layers[layer]:.4f}" if layer < len(found.layers) else ""
         stays = layer in kept.layers
         cells = [f"{share[layer]:>8.1%}" if stays else f"{'':>8}" for share in shares.values()]
-        lines.append("".join([f"{layer:>5}", f"{score:>32}", f"{'stays' if stays else 'goes':>8}", *cells]))
+        lines.append("".join([f"{layer:>5}", score.rjust(len(title)), f"{'stays' if stays else 'goes':>8}", *cells]))
     if hidden is not None:
         lines.append(f"hidden channels: {hidden:.1%} of their scores stay")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,11 @@ def test_perplexity_is_the_rise_of_the_cross_entropy(
     after = cross_entropy(load(run / "model"), tiny, whole)
     assert scores(run)["ce_before"] == pytest.approx(before, abs=1e-4)
     assert scores(run)["ce_after"] == pytest.approx(after, abs=1e-4)
-    assert f"cross-entropy of the text: {before:.3f} before, {after:.3f} after" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"cross-entropy of the text: {before:.3f} before, {after:.3f} after" in out
+    title, *rows = out[out.index("layer ") :].splitlines()[:5]
+    assert re.fullmatch(rf"layer +importance: perplexity{' of the 2 from it' * (block > 1)} *", title)
+    assert len({len(line) for line in (title, *rows)}) == 1
 
 
 def test_everything_at_once_is_distilled(
