@@ -262,11 +262,12 @@ def forward_backward(
             targets = teacher(micro_batches[i], of_teacher)
         batch = micro_batches[i].to(device)
         with record_function("student"):
-            hidden, captured = student.hidden_states(batch.tokens, batch.positions, batch.documents, of_student)
+            given = hidden_loss.given(targets) if hidden_loss else None
+            hidden, captured = student.hidden_states(batch.tokens, batch.positions, batch.documents, of_student, given)
         with record_function("loss"):
             distances = hidden_loss(captured, targets, batch.labels, num_tokens) if hidden_loss else None
             loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress, distances)
-        del captured, targets  # or the backward could free nothing of them
+        del captured, targets, given  # or the backward could free nothing of them
         losses_of[i] = loss.total
         logged.append(loss.logged())
     return torch.stack(logged).sum(0)

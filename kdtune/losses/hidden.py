@@ -102,6 +102,7 @@ class HiddenLoss(nn.Module):
         projections: one for each pair, one for all, or none.
         vocabulary: of the student's head, if a tensor-parallel group splits it. Hidden states then have the positions
             of this rank.
+        instead: by the student's module the teacher's whose output it goes on from, if that is how it is trained.
     """
 
     def __init__(
@@ -110,16 +111,19 @@ class HiddenLoss(nn.Module):
         projection: ProjectionName | None = None,
         widths: tuple[int, int] = (0, 0),
         vocabulary: Vocabulary | None = None,
+        inputs: Literal["student", "teacher"] = "student",
     ) -> None:
         """
         Args:
-            pairs: what is compared.
+            pairs: what is compared; of `inputs` `teacher` also what is not.
             projection: whether each pair has a projection of its own, or all have one. None: none.
             widths: of student and teacher.
             vocabulary: see above.
+            inputs: `teacher`: after the student's module of a pair go on from the teacher's output.
         """
         super().__init__()
-        self.pairs = tuple(pairs)
+        self.pairs = tuple(pair for pair in pairs if pair.distance is not None)
+        self.instead = {pair.student: pair.teacher for pair in pairs} if inputs == "teacher" else {}
         count = {None: 0, "shared": 1, "per_pair": len(pairs)}[projection]
         self.projections = nn.ModuleList(WidthProjection(*widths) for _ in range(count))
         self.vocabulary = vocabulary
@@ -131,8 +135,13 @@ class HiddenLoss(nn.Module):
 
     @property
     def of_teacher(self) -> tuple[str, ...]:
-        """Those of the teacher."""
-        return tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
+        """Those of the teacher, and those from whose outputs the student goes on."""
+        return tuple(dict.fromkeys([*(pair.teacher for pair in self.pairs), *self.instead.values()]))
+
+    def given(self, targets: Targets | SparseTargets) -> dict[str, Tensor]:
+        """By module of the student what it goes on from in place of that one's output; see `Decoder.hidden_states`."""
+        assert isinstance(targets, Targets)
+        return {name: targets.captured[of_teacher] for name, of_teacher in self.instead.items()}
 
     def forward(
         self, captured: Mapping[str, Tensor], targets: Targets | SparseTargets, labels: Tensor, num_tokens: int
@@ -157,6 +166,7 @@ class HiddenLoss(nn.Module):
                 s = self.projections[i % len(self.projections)](s)
             if t.shape[:-1] != counted.shape:
                 t = t.new_zeros(*counted.shape, t.size(-1)).masked_scatter(counted[..., None], t)
+            assert pair.distance is not None
             sums.append(_Distance.apply(s, t, counted, DISTANCES[pair.distance]))
         values = torch.stack(sums) / num_tokens
         if self.vocabulary is not None:  # the value of all ranks, with the gradient of this one's share

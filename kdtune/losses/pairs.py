@@ -6,12 +6,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 from kdtune.config import setting
 
 DistanceName = Literal["cosine", "mse", "normalized_mse", "l1", "smooth_l1"]
 ProjectionName = Literal["shared", "per_pair"]
+_WHOLE = re.compile(r"model\.(embed_tokens|layers\.\d+|norm)")  # all that goes on, goes through it
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}")
 
 
@@ -19,10 +21,11 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}")
 class HiddenLossConfig:
     """Distances between hidden states of student and teacher."""
 
-    # Pairs of modules, each {student: name, teacher: name}, or with a third entry, loss, for a distance of its own.
-    # Names may have ranges of equal length: model.layers.{0..3} and model.layers.{0..12..4}
+    # Pairs of modules, each {student: name, teacher: name}, or with a third entry, loss, for a distance of its own, or
+    # none. Names may have ranges of equal length: model.layers.{0..3} and model.layers.{0..12..4}
     pairs: list[dict[str, str]] = setting([])
     name: DistanceName = "cosine"  # the distance of pairs that have no loss of their own
+    inputs: Literal["student", "teacher"] = "student"  # teacher: after each pair the student goes on from its output
     weight: float = setting(1.0, gt=0)  # of the mean over all pairs in the objective, times kd_ratio
     projection: ProjectionName | None = None  # a trained map to the teacher's width; null: widths are the same
     projection_init: Literal["normal", "orthogonal"] = "normal"  # normal: as fresh weights of the student; bias 0
@@ -30,11 +33,14 @@ class HiddenLossConfig:
 
 
 class Pair(NamedTuple):
-    """What is compared: the outputs of two modules, and by which distance."""
+    """What is compared: the outputs of two modules, and by which distance.
+
+    None: by none. The student goes on from the teacher's output, and what it has computed before learns nothing there.
+    """
 
     student: str
     teacher: str
-    distance: DistanceName
+    distance: DistanceName | None
 
 
 def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[str]) -> list[Pair]:
@@ -68,7 +74,7 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
                 "and may have a loss."
             )
         distance: Any = given.get("loss", cfg.name)
-        _check_known(distance, get_args(DistanceName), f"{where}.loss")
+        _check_known(distance, (*get_args(DistanceName), "none"), f"{where}.loss")
         names = []
         for role, known in (("student", student), ("teacher", teacher)):
             names.append(written_out(given[role], f"{where}.{role}"))
@@ -79,11 +85,48 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
                 f"{where}: {given['student']} are {len(names[0])} modules and {given['teacher']} are {len(names[1])}: "
                 "each of one side needs its own of the other. A range may have a step, as in {0..30..2}."
             )
+        distance = None if distance == "none" else distance
         found += [Pair(one, other, distance) for one, other in zip(*names, strict=True)]
     for pair in found:
         if found.count(pair) > 1:
             raise ValueError(f"hidden_loss.pairs has {pair.student} with {pair.teacher} twice. Leave one of them out.")
+    if all(pair.distance is None for pair in found):
+        raise ValueError(
+            "hidden_loss.pairs has loss: none everywhere, so that nothing is compared. Give one a distance."
+        )
+    if cfg.inputs == "teacher":
+        _check_blocks(found, cfg.projection, student, teacher)
+    elif None in [pair.distance for pair in found]:
+        raise ValueError(
+            "hidden_loss.pairs has a pair with loss: none, which is for hidden_loss.inputs=teacher: the student then "
+            "goes on from the teacher's output all the same. Set that, or leave the pair out."
+        )
     return found
+
+
+def _check_blocks(
+    pairs: Sequence[Pair], projection: ProjectionName | None, student: Sequence[str], teacher: Sequence[str]
+) -> None:
+    """Refuse pairs that do not cut the models into blocks, each of which can learn what its teacher's does."""
+    if projection is not None:
+        raise ValueError(
+            f"hidden_loss.projection={projection} does not go with hidden_loss.inputs=teacher: what is trained is to "
+            "compute from what the layers before it put out, and not from a projection of it. Leave one of them out."
+        )
+    for name in [name for pair in pairs for name in pair[:2]]:
+        if not _WHOLE.fullmatch(name):
+            raise ValueError(
+                f"hidden_loss.inputs=teacher lets the student go on from the teacher's output, and {name} is added to "
+                "a residual stream that would go on from the student's. Pair model.embed_tokens, layers such as "
+                "model.layers.0, or model.norm."
+            )
+    for one, other in pairwise(sorted(pairs, key=lambda pair: student.index(pair.student))):
+        if one.student == other.student or teacher.index(one.teacher) >= teacher.index(other.teacher):
+            raise ValueError(
+                f"hidden_loss.inputs=teacher lets {other.student} learn to make {other.teacher} of {one.teacher}, with "
+                f"which {one.student} is paired; but in the teacher the one does not come of the other. Pair later "
+                "modules of the student with later ones of the teacher, each once."
+            )
 
 
 def written_out(name: str, where: str = "the name") -> list[str]:

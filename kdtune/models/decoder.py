@@ -161,12 +161,22 @@ class Trunk(nn.Module):
         documents: Documents | None,
         cache: KVCache | None,
         captured: dict[str, Tensor | None] | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As `Decoder.hidden_states`, which finds in `captured` what the modules that are its keys have put out."""
-        captured = {} if captured is None else captured
-        x = self.embed_tokens(tokens)  # [b, s, d]
-        if "model.embed_tokens" in captured:
-            captured["model.embed_tokens"] = x
+        captured, given = captured or {}, given or {}
+
+        def passed(name: str, output: Tensor) -> Tensor:
+            if name in captured:
+                captured[name] = output
+            if name not in given:
+                return output
+            assert output.shape == given[name].shape, f"{list(given[name].shape)} for {name}, {list(output.shape)}"
+            return _Start.apply(
+                output.new_zeros((), requires_grad=torch.is_grad_enabled()), given[name].to(output.dtype)
+            )
+
+        x = passed("model.embed_tokens", self.embed_tokens(tokens))  # [b, s, d]
         num_slices, begin = (self.num_slices, self.slice * tokens.size(1)) if cache is None else (1, 0)
         here = slice(begin, begin + tokens.size(1))
         index = torch.arange(num_slices * tokens.size(1), device=tokens.device)[None]  # [1, s] of whole rows
@@ -202,12 +212,23 @@ class Trunk(nn.Module):
             if wanted:
                 x, *parts = x
                 captured.update((f"{name}.{part}", output) for part, output in zip(wanted, parts, strict=True))
-            if name in captured:
-                captured[name] = x
-        x = self.norm(x)
-        if "model.norm" in captured:
-            captured["model.norm"] = x
-        return x
+            x = passed(name, x)
+        return passed("model.norm", self.norm(x))
+
+
+class _Start(torch.autograd.Function):
+    """A tensor at which a graph begins, and which wants a gradient, though nobody needs it.
+
+    FSDP lets go of a layer's weights, and adds their gradients up, once the layer's input has had its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, given: Tensor) -> Tensor:
+        return given
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _embedding(config: ModelConfig) -> nn.Embedding:
@@ -280,6 +301,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         wanted: Collection[str] = (),
+        given: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What `hidden` returns, and what some modules put out on the way.
 
@@ -288,13 +310,15 @@ class Decoder(nn.Module):
             positions: as for `hidden`.
             documents: as for `hidden`.
             wanted: names of modules, of those in `module_names`.
+            given: by the name of the embedding, of a layer or of the last norm what goes on from there in place of what
+                it puts out, of the same shape. No gradient passes.
 
         Returns:
             [b, s, d]; and by name [b, s, d] of each wanted module. Of a model that is split over a tensor-parallel
             group these have the positions of this rank, [b, ceil(s / n), d], of which the last may be padding.
         """
         captured: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        hidden = self.model(tokens, positions, documents, None, captured)
+        hidden = self.model(tokens, positions, documents, None, captured, given)
         found = {name: output for name, output in captured.items() if output is not None}
         assert len(found) == len(captured), f"of {list(captured)} there are {list(found)}"
         return hidden, found

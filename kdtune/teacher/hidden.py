@@ -32,8 +32,20 @@ def check_hidden_loss(cfg: Any) -> None:
             "hidden_loss is a part of what the teacher teaches, which kd_ratio=0 leaves out. Raise kd_ratio, or leave "
             "hidden_loss out."
         )
+    if settings.inputs == "teacher" and cfg.teacher.cache_dir is not None:
+        raise ValueError(
+            f"hidden_loss.inputs=teacher lets layers of the student compute from what layers of the teacher put out, "
+            f"and of these teacher.cache_dir={cfg.teacher.cache_dir} has none. Ask the teacher during the run "
+            "(teacher_checkpointer), or leave hidden_loss.inputs out."
+        )
     _pairs(cfg)
     student, teacher = _widths(cfg)
+    if student != teacher and settings.inputs == "teacher":
+        raise ValueError(
+            f"hidden_loss.inputs=teacher lets layers of the student, which take {student} numbers of a token, compute "
+            f"from what layers of the teacher put out, which are {teacher}. Take a student of the teacher's width, "
+            "such as one of its layers (checkpointer.keep_layers), or leave hidden_loss.inputs out."
+        )
     if student != teacher and settings.projection is None:
         raise ValueError(
             f"The student's hidden states have {student} numbers and the teacher's {teacher}, and hidden_loss compares "
@@ -55,7 +67,7 @@ def add_hidden_loss(student: Decoder, cfg: Any, ranks: Ranks) -> None:
         return
     vocabulary = getattr(student.head, "vocabulary", None)
     with torch.device("meta"):
-        student.beside = HiddenLoss(_pairs(cfg), settings.projection, _widths(cfg), vocabulary)
+        student.beside = HiddenLoss(_pairs(cfg), settings.projection, _widths(cfg), vocabulary, settings.inputs)
     dtype = torch.promote_types(student.head.weight.dtype, torch.float32)
     student.beside.to(dtype).to_empty(device=cfg.parallel.place(ranks.device))
     generator = torch.Generator().manual_seed(cfg.seed)

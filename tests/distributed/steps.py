@@ -117,7 +117,9 @@ class Training:
             targets = self.teacher(mine[i], compared.of_teacher)
             batch = mine[i].to(self.ranks.device)
             args = (batch.tokens, batch.positions, batch.documents)
-            hidden, captured = self.student.hidden_states(*args, wanted=compared.of_student)
+            hidden, captured = self.student.hidden_states(
+                *args, wanted=compared.of_student, given=compared.given(targets)
+            )
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)
             if compared.pairs:
