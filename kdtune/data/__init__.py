@@ -13,7 +13,7 @@ from kdtune.data.config import DatasetConfig
 from kdtune.data.examples import Examples
 from kdtune.data.loader import Loader, ValBatches, batches
 from kdtune.data.prepare import load
-from kdtune.data.run import RunData, load_run
+from kdtune.data.run import RunData, batches_by_source, check_validation, load_run
 from kdtune.data.stream import Stream, StreamLoader
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "StreamLoader",
     "ValBatches",
     "batches",
+    "batches_by_source",
+    "check_validation",
     "collate",
     "collate_packed",
     "count_labels",

@@ -55,7 +55,7 @@ def load_run(cfg: Any, tokenizer: Tokenizer, vocab_size: int | None = None, shar
     if dataset.streaming:
         _check_length(cfg.epochs, cfg.max_steps_per_epoch, cfg.max_steps)
     if dataset_val is not None:
-        _check_validation(dataset_val)
+        check_validation(dataset_val, "dataset_val")
     open_one = Stream if dataset.streaming else open_set
     opened = open_one(dataset, tokenizer, max_seq_len, vocab_size=vocab_size)
     opened_val = None
@@ -82,17 +82,7 @@ def load_run(cfg: Any, tokenizer: Tokenizer, vocab_size: int | None = None, shar
     if dataset_val is None or opened_val is None:
         return RunData(loader, num_steps, None, {})
     examples_val = opened_val.load()
-    sources = examples_val.sources if isinstance(examples_val, Blend) else {examples_val.name: examples_val}
-    val_batches = {
-        name: ValBatches(
-            examples,
-            cfg.batch_size,
-            packed=dataset_val.packed,
-            group_by_length=dataset_val.group_by_length,
-            share=share,
-        )
-        for name, examples in sources.items()
-    }
+    val_batches = batches_by_source(examples_val, dataset_val, cfg.batch_size, share)
     return RunData(loader, num_steps, examples_val, val_batches)
 
 
@@ -109,11 +99,39 @@ def _check_length(epochs: int, max_steps_per_epoch: int | None, max_steps: int |
         )
 
 
-def _check_validation(cfg: DatasetConfig) -> None:
-    check_order("dataset_val", packed=cfg.packed, group_by_length=cfg.group_by_length)
-    for name, source in cfg.sources.items():
+def batches_by_source(
+    examples: Examples | Blend, cfg: DatasetConfig, batch_size: int, share: Share = ALL
+) -> dict[str, ValBatches]:
+    """Batches of all rows of each source, by its name, for what does not depend on their order.
+
+    Args:
+        examples: what was loaded.
+        cfg: its settings, which `check_validation` let pass.
+        batch_size: rows of a batch.
+        share: what this process gets of them.
+    """
+    sources = examples.sources if isinstance(examples, Blend) else {examples.name: examples}
+    packed, group_by_length = cfg.packed, cfg.group_by_length
+    return {
+        name: ValBatches(one, batch_size, packed=packed, group_by_length=group_by_length, share=share)
+        for name, one in sources.items()
+    }
+
+
+def check_validation(cfg: DatasetConfig, name: str) -> None:
+    """Refuses settings of a data set that say nothing where every row is seen once.
+
+    Args:
+        cfg: the settings.
+        name: their section.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
+    check_order(name, packed=cfg.packed, group_by_length=cfg.group_by_length)
+    for source_name, source in cfg.sources.items():
         if source.weight is not None:
             raise ValueError(
-                f"dataset_val.sources.{name}.weight={source.weight} says nothing for validation, where every row is "
+                f"{name}.sources.{source_name}.weight={source.weight} says nothing for validation, where every row is "
                 "seen once. Leave it out."
             )

@@ -17,6 +17,7 @@ from kdtune.losses.divergences import (
     total_variation,
 )
 from kdtune.losses.hidden import DISTANCES, HiddenLoss, WidthProjection, add_hidden
+from kdtune.losses.logits import logits_of
 from kdtune.losses.pairs import HiddenLossConfig, Pair, pairs_of
 from kdtune.losses.targets import Convention, SampledTargets, SparseTargets, Targets, TopKTargets
 from kdtune.losses.vocabulary import Vocabulary
@@ -50,6 +51,7 @@ __all__ = [
     "divergence",
     "forward_kl",
     "jsd",
+    "logits_of",
     "pairs_of",
     "reverse_kl",
     "skew_forward_kl",

@@ -11,8 +11,7 @@ from torch import Tensor
 from kdtune.data import IGNORE, Batch, Keys
 from kdtune.distributed import Ranks
 from kdtune.dtensors import whole
-from kdtune.losses import Vocabulary, default_chunk_size
-from kdtune.losses.projection import Projection
+from kdtune.losses import logits_of
 from kdtune.teacher.live import LiveTeacher
 from kdtune.teacher_cache import Answers, Hidden, Samples, StoreConfig, TopK, concatenate, take, write_head
 from kdtune.teacher_cache.config import HiddenDtype
@@ -43,7 +42,7 @@ def ask(
         found: Answers = _hidden(hidden[scored], store.hidden_dtype)
     else:
         parts: list[Answers] = []
-        for rows, logits in _logits(hidden, Projection(hidden, head), scored, _vocabulary(head), chunk_size):
+        for rows, logits in logits_of(hidden, head, scored, chunk_size):
             about = _Distributions(logits, labels[rows])
             if store.kind == "top_k":
                 parts.append(_top_k(about, store))
@@ -68,35 +67,6 @@ def keep_head(teacher: LiveTeacher, folder: str, dtype: HiddenDtype, ranks: Rank
     weight = whole(teacher.head.weight)
     if ranks.is_first_with_head:
         write_head(folder, _hidden(weight, dtype).hidden, dtype)
-
-
-def _vocabulary(head: torch.nn.Module) -> Vocabulary | None:
-    found = getattr(head, "vocabulary", None)
-    assert found is None or isinstance(found, Vocabulary)
-    return found
-
-
-def _logits(
-    hidden: Tensor, projection: Projection, scored: Tensor, vocabulary: Vocabulary | None, chunk_size: int | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Of some scored positions at a time: which they are, and [n, v], of the whole vocabulary on each rank."""
-    size = projection.vocab_size if vocabulary is None else vocabulary.ranks * vocabulary.block
-    step = chunk_size or default_chunk_size(size, size, hidden.device)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    for start in range(0, len(scored), step):
-        positions = scored[start : start + step]
-        logits = projection.logits(positions, hidden.new_empty(len(positions), projection.vocab_size, dtype=dtype))
-        if vocabulary is not None:
-            logits = _joined(logits, vocabulary)
-        yield slice(start, start + step), projection.activation.apply(logits)[0]
-
-
-def _joined(part: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """The entries of all ranks, [n, v_t], from those of this one."""
-    padded = part.new_zeros(len(part), vocabulary.block)
-    padded[:, : part.shape[-1]] = part
-    parts = vocabulary.gather({"logits": padded})["logits"]  # [ranks, n, block]
-    return parts.transpose(0, 1).flatten(1)[:, : vocabulary.teacher_size]
 
 
 class _Distributions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -15,6 +16,7 @@ from steps import offload_without_a_gpu
 from kdtune import distributed, preflight
 from kdtune.cli.main import main
 from kdtune.distributed import Ranks
+from kdtune.evaluation import results
 
 # Each process has a whole teacher, which may be quantised then; of the student it has a part.
 WHOLE_TEACHER = ["teacher_parallel.data_replicate=2", "teacher_parallel.data_shard=1"]
@@ -44,6 +46,7 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
     "finetune_pipeline": (tiny_runs.finetune, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
 }
 GENERATING = ("tensor", "data_shard", "pipeline", "data_replicate")
+PAIR = {"checkpointer": "other", "teacher_checkpointer": "teacher"}
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
@@ -82,11 +85,51 @@ def test_generate_in_two_processes(in_two: Path) -> None:
     assert first == [continuations(in_two)] * len(GENERATING)
 
 
+def evaluate(folder: Path, rows: Path, *settings: str) -> dict[str, Any]:
+    """What `evaluate` finds of one model beside another."""
+    given = [f"{role}.checkpoint_dir={folder / name}" for role, name in PAIR.items()]
+    given += [f"dataset.source={rows}", "dataset.format=completion", "tokenizer.max_seq_len=64", "batch_size=2"]
+    given += ["sample_prompts=[Tom has]", "sample_max_new_tokens=4", "device=cpu", "dtype=fp32"]
+    main(["run", "evaluate", *given, f"output_dir={folder / 'evaluation'}", "overwrite_output_dir=true", *settings])
+    if os.environ.get("RANK", "0") != "0":
+        return {}  # the first one writes
+    found = results.read(folder / "evaluation")
+    return {
+        "metrics": [{name: (m.value, m.stderr) for name, m in one.metrics.items()} for one in found.results],
+        "ids": [one.id for one in results.read_examples(folder / "evaluation")],
+        "samples": [(one.student, one.teacher) for one in found.samples],
+        "tokens": [one.tokens for one in results.read_tokens(folder / "evaluation")],
+    }
+
+
+def evaluate_in_two(folder: Path, rows: Path) -> list[dict[str, Any]]:
+    found = []
+    for layout in GENERATING:
+        ranks.meet_at_another_port(folder / f"port_of_evaluate_{layout}")
+        found.append(evaluate(folder, rows, f"parallel.{layout}=2"))
+    return found
+
+
+def test_evaluate_in_two_processes(in_two: Path, tiny: Path) -> None:
+    """Seven rows in batches of two, so that a process has none at the end."""
+    rows = in_two / "seven.jsonl"
+    rows.write_text("".join((tiny / "rows.jsonl").read_text().splitlines(keepends=True)[:7]))
+    expected = evaluate(in_two, rows)
+    first, _ = ranks.run(2, evaluate_in_two, in_two, in_two, rows)
+    for found in first:
+        for name in ("ids", "samples", "tokens"):
+            assert found[name] == expected[name]
+        for one, other in zip(found["metrics"], expected["metrics"], strict=True):
+            for name, numbers in other.items():
+                assert one[name] == pytest.approx(numbers, rel=2e-5, abs=1e-7), name
+
+
 @pytest.fixture(scope="module")
 def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
+    tiny_runs.write_model(folder / "other", seed=2, **TWO_HEADS, initializer_range=0.1)
     ranks.run(2, work, folder, tiny, folder)
     return folder
 
