@@ -162,7 +162,7 @@ def main(cfg: Config) -> None:
         print(f"validation loss {before['val_loss']:.3f} before, {after['val_loss']:.3f} after")
     logger.close()
     print(generation.compare({"model": model.eval()}, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The model is in {run.output_dir}. Try it:\n  {writer.command(found_by)}")
+    print(f"The model is in {run.output_dir}. Try it:\n{writer.commands(found_by)}")
     ranks.leave()
 
 

@@ -205,7 +205,7 @@ def main(cfg: Config) -> None:
     sampled = {"teacher": teacher.model} if teacher.model else {}
     sampled["student"] = student.eval()
     print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
-    print(f"The student is in {run.output_dir}. Try it:\n  {writer.command(found_by)}")
+    print(f"The student is in {run.output_dir}. Try it:\n{writer.commands(found_by)}")
     ranks.leave()
 
 

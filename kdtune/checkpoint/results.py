@@ -85,11 +85,14 @@ class ModelWriter:
             source = shlex.quote(str(run.finish(write_model)))
         return f"checkpointer.checkpoint_dir={source}"
 
-    def command(self, found_by: str) -> str:
-        """That has what `finish` wrote continue a prompt."""
+    def commands(self, found_by: str) -> str:
+        """That have what `finish` wrote continue a prompt, and show the run as a page."""
         chat = "chat=true " * self.cfg.dataset.has_chats
         prompt = shlex.quote((self.cfg.sample_prompts or ["Hello"])[0])
-        return f"kdtune run generate {found_by} device={self.cfg.device} dtype={self.cfg.dtype} {chat}prompt={prompt}"
+        generate = (
+            f"kdtune run generate {found_by} device={self.cfg.device} dtype={self.cfg.dtype} {chat}prompt={prompt}"
+        )
+        return f"  {generate}\nLook at the run:\n  kdtune report {shlex.quote(self.cfg.output_dir)}"
 
     def _save_model(self, folder: Path, **settings: Any) -> None:
         save_model(self.model, folder, config=self.config, companions=self.companions, **settings)

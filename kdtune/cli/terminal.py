@@ -3,21 +3,7 @@
 import os
 from typing import TextIO
 
-
-def visible(text: str, keep: str = "") -> str:
-    """Text that comes from elsewhere, with all that does not print, or that a terminal would obey, as an escape.
-
-    Control characters and escape sequences, marks that turn the direction of writing, characters without width.
-
-    Args:
-        text: anything.
-        keep: characters to leave as they are.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
-    )
+from kdtune.printable import visible as visible
 
 
 def has_colour(stream: TextIO) -> bool:

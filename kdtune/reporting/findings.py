@@ -1,0 +1,231 @@
+"""What came out, in words and in a table, with as much certainty as the seeds give."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from kdtune.reporting import seeds
+from kdtune.reporting.charts import number, swatch
+from kdtune.reporting.markup import Markup, element, escape, table
+from kdtune.reporting.quantities import VALIDATION, Quantity, logged
+from kdtune.reporting.runs import Group, Run, differences
+
+_BEST = {"lower": min, "higher": max}
+
+
+def sentences(groups: Sequence[Group]) -> list[Markup]:
+    """The main facts, the most important first."""
+    runs = [run for group in groups for run in group.runs]
+    measured = [one for one in logged(VALIDATION, runs) if one.better]
+    if not measured:
+        return [
+            Markup("No run was validated: only losses on the rows they were trained on are known. Set dataset_val.")
+        ]
+    said = []
+    if len(groups) == 1:
+        said += [_course(groups[0], quantity) for quantity in measured]
+    elif same_validation(runs):
+        said += [line for quantity in measured if (line := _best(groups, quantity))]
+        if any(
+            seeds.difference(_by_seed(group, VALIDATION[0]), _by_seed(groups[0], VALIDATION[0])) for group in groups[1:]
+        ):
+            said.append(
+                element(
+                    "small",
+                    "In brackets: 95% intervals of the difference between runs with the same seed, by Student's t.",
+                )
+            )
+        if all(len(group.runs) == 1 for group in groups):
+            said.append(
+                Markup("Each of these is a single run. How much of a difference is chance, other seeds would tell.")
+            )
+    said += _peaks(groups)
+    return said
+
+
+def same_validation(runs: Sequence[Run]) -> bool:
+    """Whether the validation numbers of all runs are of the same tokens."""
+    return not validation_settings(runs)
+
+
+def validation_settings(runs: Sequence[Run]) -> list[str]:
+    """The settings by which runs were validated on different rows."""
+    validated = [run for run in runs if "val_ce_loss" in run.series]
+    about_rows = ("dataset_val", "tokenizer.", "dataset.prompt_template")
+    return [one.key for one in differences(validated) if one.key.startswith(about_rows)]
+
+
+def warnings(runs: Sequence[Run]) -> Iterator[str]:
+    """What forbids a comparison, or makes one doubtful."""
+    if keys := validation_settings(runs):
+        yield (
+            f"The runs were validated on different rows ({', '.join(keys)} differ), so that their validation numbers "
+            "cannot be compared. kdtune run evaluate measures all on the same."
+        )
+    for run in runs:
+        gaps = {key: sum(map(math.isnan, series.values())) for key, series in run.series.items()}
+        if bad := {key: count for key, count in gaps.items() if count}:
+            listed = ", ".join(f"{key} at {count:,} step{'s' * (count > 1)}" for key, count in bad.items())
+            yield f"{run.name}: {listed} was not finite. The curves have gaps there."
+    unfinished = [run for run in runs if not run.is_finished]
+    if unfinished:
+        listed = ", ".join(f"{run.name} (step {run.last_step:,})" for run in unfinished)
+        yield f"Not finished, so that there is no model yet: {listed}"
+
+
+def _course(group: Group, quantity: Quantity) -> Markup:
+    """How a single run, or the mean of some, went from the first validation to the last."""
+    runs = [run for run in group.runs if quantity.key in run.series]
+    first, last = (
+        [value for run in runs if not math.isnan(value := list(run.series[quantity.key].values())[i])] for i in (0, -1)
+    )
+    if not first or not last:
+        return escape(f"{_capital(quantity)}: no finite value.")
+    steps = max(max(run.series[quantity.key]) for run in runs)
+    if all(len(run.series[quantity.key]) == 1 for run in runs):
+        return Markup(f"{_capital(quantity)}: {_estimate(last, quantity)} after {steps:,} steps.")
+    text = (
+        f"{_capital(quantity)} went from {_estimate(first, quantity)} to <b>{_estimate(last, quantity)}</b>"
+        f"{'' if quantity.share else f' {quantity.unit}'} over {steps:,} steps."
+    )
+    if quantity.level and (levels := [run.last(quantity.level) for run in runs if quantity.level in run.series]):
+        start, end, level = (sum(values) / len(values) for values in (first, last, levels))
+        text += f" The teacher's own is {number(level)}"
+        if start > level and end < start:
+            text += f": {(start - end) / (start - level):.0%} of the distance to it is gone"
+        text += "."
+    return Markup(text)
+
+
+def _best(groups: Sequence[Group], quantity: Quantity) -> Markup | None:
+    """Which ends best, and how far before the next and before the first."""
+    ends = {i: seeds.estimate(values) for i, group in enumerate(groups) if (values := group.finals(quantity.key))}
+    if len(ends) < 2 or quantity.better is None:
+        return None
+    ranked = sorted(ends, key=lambda i: ends[i].mean, reverse=quantity.better == "higher")
+    best, second = ranked[:2]
+    text = (
+        f"{'Lowest' if quantity.better == 'lower' else 'Highest'} {escape(quantity.phrase)}"
+        f": <b>{escape(groups[best].name)}</b>, {_estimate(groups[best].finals(quantity.key), quantity)}"
+        f"{'' if quantity.share else f' {quantity.unit}'}"
+    )
+    rivals = list(dict.fromkeys((second, min(ends))) if best != min(ends) else [second])
+    compared = [_distance(groups[best], groups[rival], quantity, is_next=rival == second) for rival in rivals]
+    return Markup(f"{text}: {', and '.join(compared)}.")
+
+
+def _distance(best: Group, rival: Group, quantity: Quantity, *, is_next: bool) -> str:
+    finite = [_by_seed(group, quantity) for group in (best, rival)]
+    sign, word = (-1, "below") if quantity.better == "lower" else (1, "above")
+    found = seeds.difference(*finite)
+    means = [seeds.estimate(list(values.values())).mean for values in finite]
+    away = sign * (means[0] - means[1] if found is None else found.mean)
+    bracket = ""
+    if found is not None and found.interval is not None:
+        low, high = sorted(sign * edge for edge in found.interval)
+        bracket = f" [{_plain(low, quantity)}, {_plain(high, quantity)}]"
+        if low < 0 < high:
+            bracket += f", not to be told from chance with {found.num_values} seeds,"
+    return (
+        f"{_plain(away, quantity)}{' points' * quantity.share}{bracket} {word} {escape(rival.name)}"
+        + " (next)" * is_next
+    )
+
+
+def _by_seed(group: Group, quantity: Quantity) -> dict[int, float]:
+    ends = {run.seed: run.last(quantity.key) for run in group.runs}
+    return {seed: value for seed, value in ends.items() if seed is not None and not math.isnan(value)}
+
+
+def _peaks(groups: Sequence[Group]) -> Iterator[Markup]:
+    """Runs whose validation was better before their end."""
+    quantity = VALIDATION[0]
+    for run in (run for group in groups for run in group.runs):
+        finite = {step: value for step, value in run.series.get(quantity.key, {}).items() if not math.isnan(value)}
+        if len(finite) < 3:
+            continue
+        step = min(finite, key=lambda step: finite[step])
+        last = list(finite.values())[-1]
+        if last > finite[step] * 1.005:
+            yield Markup(
+                f"<b>{escape(run.name)}</b> was best at step {step:,} ({number(finite[step])}) and then rose to "
+                f"{number(last)}: it began to learn its rows by heart, or its learning rate was too high."
+            )
+
+
+def _plain(value: float, quantity: Quantity) -> str:
+    if quantity.share:
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1g}"
+
+
+def _capital(quantity: Quantity) -> Markup:
+    return escape(quantity.phrase[0].upper() + quantity.phrase[1:])
+
+
+def _estimate(values: Sequence[float], quantity: Quantity) -> str:
+    found = seeds.estimate(values)
+    if found.stderr is None:
+        return number(found.mean, quantity.share)
+    if quantity.share:
+        return f"{100 * found.mean:.1f} ± {100 * found.stderr:.1f}%"
+    return f"{found.mean:.3f} ± {found.stderr:.3f}"
+
+
+def overview(groups: Sequence[Group]) -> Markup:
+    """A row for each group: what it is, how far it came, and its last numbers; the best of each column is bold."""
+    runs = [run for group in groups for run in group.runs]
+    measured = [one for one in logged(VALIDATION, runs) if one.better]
+    if not measured:
+        measured = [Quantity("loss", "last loss", "", None)]
+    head = ["run", *(["seeds"] if len(runs) > len(groups) else []), "steps", *(_column(one) for one in measured)]
+    head += ["tokens/s", "peak GiB"]
+    bests = {}
+    if len(groups) > 1 and same_validation(runs):
+        for one in measured:
+            ends = [seeds.estimate(values).mean for group in groups if (values := group.finals(one.key))]
+            if one.better and ends:
+                bests[one.key] = _BEST[one.better](ends)
+    rows = []
+    for i, group in enumerate(groups):
+        row: list[object] = [Markup(f"{swatch(i)} {escape(group.name)}")]
+        row += [len(group.runs)] if len(runs) > len(groups) else []
+        row.append(_range([run.last_step for run in group.runs]))
+        for one in measured:
+            values = group.finals(one.key)
+            text = _estimate(values, one) if values else "-"
+            is_best = bool(values) and seeds.estimate(values).mean == bests.get(one.key)
+            row.append(element("b", text) if is_best else text)
+        row.append(_typical(group, "tokens_per_second", "{:,.0f}"))
+        row.append(_typical(group, "peak_memory_gib", "{:.2f}"))
+        rows.append(row)
+    if (teacher := _teacher_row(runs, measured, len(head))) is not None:
+        rows.append(teacher)
+    return table(head, rows)
+
+
+def _column(quantity: Quantity) -> Markup:
+    return escape(quantity.column or quantity.title)
+
+
+def _teacher_row(runs: Sequence[Run], measured: Sequence[Quantity], num_columns: int) -> list[object] | None:
+    """The teacher's own validation, if it is the same in all runs."""
+    levels = [run.last("val_teacher_ce_loss") for run in runs if "val_teacher_ce_loss" in run.series]
+    if not levels or max(levels) - min(levels) > 1e-3:
+        return None
+    own = {"val_ce_loss": number(levels[0]), "val_kd_loss": "0", "val_agreement": "100%"}
+    cells = [own.get(one.key, "") for one in measured]
+    before = num_columns - len(cells) - 3
+    return ["teacher", *[""] * before, *cells, "", ""]
+
+
+def _typical(group: Group, key: str, form: str) -> str:
+    values = [v for run in group.runs for v in run.series.get(key, {}).values() if not math.isnan(v)]
+    if not values:
+        return "-"
+    return form.format(max(values) if key == "peak_memory_gib" else median(values))
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} - {high:,}"

@@ -1,0 +1,197 @@
+"""What training runs leave behind, read for a report: settings, numbers of the steps, the models' sizes."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdtune.reporting import sizes
+
+METRICS = "metrics.jsonl"
+# Where a run is and whether it may start say nothing about what it is.
+_NO_SETTING = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+# What finetune calls otherwise though it is the same number.
+_SAME = {"val_loss": "val_ce_loss"}
+
+Series = dict[int, float]  # step -> value; NaN where it was not finite
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, finished or not."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]  # all of them, by dotted key
+    versions: dict[str, str]
+    series: dict[str, Series]  # by the name in metrics.jsonl, steps in order
+    student: sizes.Model | None
+    teacher: sizes.Model | None
+    is_finished: bool  # a model or an adapter was written
+    variant: str | None = None  # of a sweep
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("seed")
+
+    @property
+    def last_step(self) -> int:
+        return max(max(series) for series in self.series.values())
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The settings that make a run what it is."""
+        return {key: value for key, value in self.settings.items() if key not in _NO_SETTING}
+
+    def last(self, key: str) -> float:
+        """The newest value; NaN if there is none."""
+        series = self.series.get(key)
+        return list(series.values())[-1] if series else math.nan
+
+
+def read_run(folder: Path, name: str, variant: str | None = None) -> Run:
+    """Everything of a run but its weights.
+
+    Args:
+        folder: an output_dir with metrics.jsonl.
+        name: what the report calls it.
+        variant: of the sweep that it belongs to.
+
+    Raises:
+        ValueError, OSError: it is not what a training run writes; says where and what to do.
+    """
+    settings = dict(_flat(_mapping(folder / "config.yaml", "settings")))
+    versions = folder / "versions.json"
+    return Run(
+        name=name,
+        folder=folder,
+        settings=settings,
+        versions=_mapping(versions, "versions") if versions.exists() else {},
+        series=_series(folder / METRICS),
+        student=sizes.of_student(folder, settings),
+        teacher=sizes.of_teacher(settings),
+        is_finished=any((folder / result).is_dir() for result in ("model", "adapter")),
+        variant=variant,
+    )
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    """A YAML or JSON file of a run that holds keys and values."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.parent} has {METRICS} but no {path.name}, which every run writes before its first step: "
+            f"without it the report knows no {what}. Give the output_dir of a run, as the run left it."
+        )
+    try:
+        # The C loader takes a tenth of the time, which counts for a sweep.
+        read = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}. Was it edited or cut short?") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} holds {type(read).__name__} where a run writes its {what}. Was it edited?")
+    return read
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _series(path: Path) -> dict[str, Series]:
+    """Where a step stands twice, as after two logs were put together, its last value counts."""
+    *lines, _ = path.read_bytes().split(b"\n")  # a last line without an end was cut short, or is being written
+    found: dict[str, Series] = {}
+    for number, line in enumerate(lines, start=1):
+        step, values = _line(f"{path}, line {number:,}", line)
+        for key, value in values.items():
+            found.setdefault(_SAME.get(key, key), {})[step] = value
+    if not found:
+        raise ValueError(
+            f"{path} has no numbers yet: the run has not come to a step that it logs, or stopped before. "
+            "Report it later, or leave it out."
+        )
+    return {key: dict(sorted(series.items())) for key, series in found.items()}
+
+
+def _line(place: str, line: bytes) -> tuple[int, dict[str, float]]:
+    damaged = "The file was changed or damaged after the run wrote it; take that line out to report the others."
+    try:
+        read = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{place} is no JSON: {line[:60]!r}. {damaged}") from None
+    if not isinstance(read, dict) or not isinstance(step := read.pop("step", None), int) or step < 0:
+        raise ValueError(f'{place} is no object with a "step": {line[:60]!r}. {damaged}')
+    for key, value in read.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{place} has {value!r} for {key!r}, and a run logs numbers. {damaged}")
+    return step, {key: math.nan if value is None or math.isinf(value) else value for key, value in read.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that is not the same in all runs."""
+
+    key: str
+    values: list[Any]  # of each run; MISSING where its recipe has no such setting
+
+
+MISSING = "-"
+
+
+def shown(value: Any) -> str:
+    """A setting as one would write it on a command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """The settings in which runs differ, in the order of their first recipe."""
+    keys = dict.fromkeys(key for run in runs for key in run.compared)
+    found = (Difference(key, [run.compared.get(key, MISSING) for run in runs]) for key in keys)
+    return [one for one in found if any(value != one.values[0] for value in one.values)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[Run]
+
+    def finals(self, key: str) -> list[float]:
+        """The newest value of each run that has one."""
+        return [value for run in self.runs if not math.isnan(value := run.last(key))]
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by their variant of a sweep, or else by their settings; in the order given.
+
+    A group of several runs that no sweep has named is named after the settings in which the groups differ.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        others = {key: value for key, value in run.compared.items() if key != "seed"}
+        found.setdefault(run.variant or json.dumps([others, run.seed is None and run.name], default=str), []).append(
+            run
+        )
+    names = _names(list(found.values()))
+    return [Group(name, members) for name, members in zip(names, found.values(), strict=True)]
+
+
+def _names(members: Sequence[Sequence[Run]]) -> list[str]:
+    firsts = [group[0] for group in members]
+    differ = [one for one in differences(firsts) if one.key != "seed"]
+    names = []
+    for i, group in enumerate(members):
+        settings = ", ".join(f"{one.key}={shown(one.values[i])}" for one in differ)
+        of_several = settings if 0 < len(settings) <= 60 else group[0].name
+        names.append(group[0].variant or (group[0].name if len(group) == 1 else of_several))
+    return names if len(set(names)) == len(names) else [group[0].name for group in members]

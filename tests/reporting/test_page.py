@@ -1,0 +1,113 @@
+"""The page: complete without a network or a script, well-formed, and nothing in a run gets at it."""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from .folders import Page, render, write_run, write_sweep
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m\u202e\"'&<b>"
+
+
+def check(text: str) -> Page:
+    """Well-formed, of itself alone, and with links that lead somewhere."""
+    page = Page(text)
+    assert not set(page.tags) & {"img", "link", "iframe", "object", "base", "form", "embed", "video", "image", "use"}
+    assert not {name for name in page.attributes if name.startswith("on") or name in ("src", "srcset", "xlink:href")}
+    for forbidden in ("http:", "https:", "url(", "@import", "//"):
+        assert forbidden not in re.sub(r"^ *// .*$", "", text, flags=re.MULTILINE), forbidden
+    assert [char for char in text if not char.isprintable() and char != "\n"] == []
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert all(link.startswith("#") for link in page.links)
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in text, "no other script would run"
+    assert "default-src 'none'" in text
+    for wanted in ('name="viewport"', "prefers-color-scheme: dark", "@media print"):
+        assert wanted in text
+    return page
+
+
+def test_a_page_of_one_run(tmp_path: Path) -> None:
+    page = check(render(write_run(tmp_path / "run")))
+    assert "Validation cross-entropy went from 3.000 to 2.000 nats per token over 8 steps." in page.text
+    assert "The teacher's own is 1.750: 80% of the distance to it is gone." in page.text
+    assert page.tags.count("figure") == 3 + 2 + 4 + 1  # validation, training, machine, others
+    assert page.tags.count("desc") == page.tags.count("figure")
+    assert "Cross-entropy, nats per token, over the steps. run: from 3.000 at step 0 to 2.000 at step 8, " in page.text
+
+
+def test_a_page_of_several_runs(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, better=better, kd_ratio=better) for name, better in (("a", 0), ("b", 0.25))]
+    text = render(*folders)
+    page = check(text)
+    assert "Lowest validation cross-entropy: b, 1.750 nats per token: 0.250 below a (next)." in page.text
+    assert "Highest top-1 agreement with the teacher: b, 75.0%: 25.0 points above a (next)." in page.text
+    assert "Each of these is a single run." in page.text
+    assert "kd_ratio differs, so that heights cannot be compared" in page.text
+    assert '<tr><th scope="row">a</th><td>0</td></tr>' in text
+
+
+def test_validation_on_different_rows_is_not_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, dataset_val={"split": name}) for name in ("a", "b")]
+    page = check(render(*folders))
+    assert "The runs were validated on different rows (dataset_val.split differ)" in page.text
+    assert "Lowest validation" not in page.text
+
+
+def test_a_page_of_a_sweep(tmp_path: Path) -> None:
+    page = check(render(write_sweep(tmp_path / "sweep", {"plain": 0.0, "better": 0.1})))
+    # The seeds add 0, 0.01 and 0.02 to both, and to `better` another 0, 0.001 and 0.002.
+    assert "better, 1.889 ± 0.006 nats per token: 0.101 [0.099, 0.103] below plain (next)." in page.text
+    assert "95% intervals of the difference between runs with the same seed" in page.text
+    assert "the band from their lowest to their highest" in page.text
+
+
+def test_differences_within_chance_are_called_so(tmp_path: Path) -> None:
+    for seed, better in enumerate((0.1, -0.1, 0.05)):
+        write_run(tmp_path / f"a{seed}", seed=seed, kd_ratio=0.0)
+        write_run(tmp_path / f"b{seed}", seed=seed, better=better)
+    page = check(render(*sorted(tmp_path.iterdir())))
+    assert "0.017 [-0.242, 0.275], not to be told from chance with 3 seeds, below kd_ratio=0 (next)" in page.text
+
+
+def test_hostile_names_and_settings(tmp_path: Path) -> None:
+    name = HOSTILE.replace("/", "")
+    lines = [{"step": step, "loss": 1.0, HOSTILE: 2.0, "val_ce_loss": 1.0} for step in (0, 1)]
+    folders = [
+        write_run(tmp_path / f"{name}{i}", lines=lines, prompt=HOSTILE * (i + 1), **{HOSTILE: i}) for i in (0, 1)
+    ]
+    text = render(*folders)
+    page = check(text)
+    assert "onerror" not in page.attributes
+    assert "<b>\\x1b" not in text
+    assert "</script><img src=x onerror=alert(1)>\\x1b[31m\\u202e\"'&<b>" in page.text
+    assert len(page.scripts) == 1
+
+
+def test_long_runs_gaps_and_many_runs(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "loss": None if step % 97 == 0 else 2 + 1 / step, "grad_norm": 1e4 if step == 4321 else 0.5}
+        for step in range(1, 6001)
+    ]
+    text = render(write_run(tmp_path / "long", lines=lines))
+    page = check(text)
+    assert len(text) < 400_000
+    assert "Lines are means over 201 logged steps" in page.text
+    assert "loss at 61 steps was not finite" in page.text
+    assert "No run was validated" in page.text
+    assert "log scale" in page.text
+    many = [write_run(tmp_path / f"run{i}", kd_ratio=i / 60, steps=2 + i % 3) for i in range(60)]
+    text = render(*many)
+    assert check(text).tags.count("li") > 60
+    assert len(text) < 3_000_000
+
+
+def test_runs_of_one_step_and_of_values_that_never_change(tmp_path: Path) -> None:
+    once = write_run(tmp_path / "once", lines=[{"step": 1, "loss": 0.0, "val_ce_loss": None}], finished=False)
+    page = check(render(once))
+    assert page.tags.count("figure") == 1
+    still = write_run(tmp_path / "still", lines=[{"step": step, "loss": 3.0, "lr": 0.0} for step in (1, 2)])
+    check(render(once, still))
