@@ -63,7 +63,10 @@ MAY_IMPORT = {
     "printable": set[str](),
     "reporting": {"evaluation", "printable"},  # of evaluation what needs no torch
     "conversion": set[str](),
-    "cli": {"cli", "config", "conversion", "data", "launching", "memory", "planning", "printable", "reporting"},
+    "cli": {
+        *("cli", "config", "conversion", "data", "evaluation", "launching", "memory", "planning", "printable"),
+        "reporting",
+    },
     "launching": {"distributed"},
 }
 

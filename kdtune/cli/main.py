@@ -19,6 +19,7 @@ COMMANDS = {
     "convert-config": "bring a config of torchtune's or Model Optimizer's",
     "plan": "say what memory and time a run would take",
     "data": "look at what a run would train on",
+    "compare": "say whether models are better than a baseline",
     "report": "show what came out of runs, as a page",
     "download": "fetch a model from the Hugging Face hub",
 }

@@ -201,11 +201,11 @@ def write(
         evaluation: and the rest: what was found.
     """
     _put(folder / EXAMPLES, _lines(examples))
-    _put(folder / TOKENS, _dumps([asdict(one) for one in tokens]) + "\n")
+    _put(folder / TOKENS, dumps([asdict(one) for one in tokens]) + "\n")
     if responses:
         _put(folder / RESPONSES, _lines(responses))
     _put(folder / TABLE, table(evaluation) + "\n")
-    _put(folder / MAIN, _dumps({"kdtune_evaluation": VERSION, **asdict(evaluation)}, indent=2) + "\n")
+    _put(folder / MAIN, dumps({"kdtune_evaluation": VERSION, **asdict(evaluation)}, indent=2) + "\n")
 
 
 def read(folder: str | Path) -> Evaluation:
@@ -285,6 +285,11 @@ def markdown(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     return "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
 
 
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON, in which a number that is not finite is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
 def _evaluation(found: Mapping[str, Any]) -> Evaluation:
     results = [
         Result(**{**result, "metrics": {name: _metric(metric) for name, metric in result["metrics"].items()}})
@@ -323,11 +328,7 @@ def _put(path: Path, text: str) -> None:
 
 def _lines(items: Iterable[Any]) -> str:
     filled = ({key: value for key, value in asdict(item).items() if value not in ({}, [])} for item in items)
-    return "".join(_dumps(item) + "\n" for item in filled)
-
-
-def _dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return "".join(dumps(item) + "\n" for item in filled)
 
 
 def _finite(value: Any) -> Any:

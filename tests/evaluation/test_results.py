@@ -140,7 +140,7 @@ def test_errors_cover_what_other_examples_give() -> None:
         assert np.mean([metrics[name].stderr for metrics in found]) == pytest.approx(spread, rel=0.15), name
 
 
-@pytest.mark.parametrize("module", ["results", "estimates"])
+@pytest.mark.parametrize("module", ["results", "estimates", "comparing"])
 def test_no_torch_is_needed(module: str) -> None:
     code = f"import sys, kdtune.evaluation.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
