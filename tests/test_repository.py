@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from kdtune import config
-from kdtune.cli import catalog, launch, report
+from kdtune.cli import catalog, compare, launch, report
 from kdtune.cli.main import main
 from kdtune.cli.recipe import load_module
 
@@ -292,8 +292,8 @@ def try_command(words: list[str]) -> None:
         for option in {"run": launched, "data": ("--rows", "--start", "--html"), "plan": PLANNED}[command]:
             options.add_argument(option)
         words = ["validate", *options.parse_known_args(rest)[1]]
-    if command == "report":  # of runs that are not there
-        report.arguments(rest)
+    if command in ("compare", "report"):  # of runs that are not there
+        {"compare": compare, "report": report}[command].arguments(rest)
         return
     main(words)
 

@@ -1,5 +1,6 @@
 """`kdtune compare`: whether models are better than a baseline, by what `kdtune run evaluate` wrote of them."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ Compare evaluations of the same examples: the metrics of each, their differences
 each difference, by paired bootstrap over examples. A model is called better or worse where that leaves out 0."""
 
 
-def main(argv: Sequence[str]) -> None:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What was asked for."""
     parser = Parser("compare", _DESCRIPTION)
     parser.add_argument("baseline", help="folder that kdtune run evaluate wrote: what the others are compared with")
     parser.add_argument("others", nargs="+", metavar="other", help="folders of other models, on the same examples")
@@ -22,6 +24,11 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             f"--resamples {options.resamples}: the ends of a 95% interval need at least 100, better 10,000."
         )
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    options = arguments(argv)
     from kdtune.evaluation import comparing, results
 
     found = [
