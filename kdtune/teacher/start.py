@@ -128,6 +128,11 @@ def find_teacher(cfg: Any) -> FoundTeacher:
                 f"teacher_checkpointer.checkpoint_dir={live.checkpoint_dir}: their weights differ. Leave one of them "
                 "out, or ask this one with cache_teacher_logits."
             )
+    if not (cache.folder / TOKENIZER).is_dir():
+        raise ValueError(
+            f"teacher.cache_dir={folder} has no tokenizer, with which this run's is compared. Copy the files of the "
+            f"tokenizer that made its examples into {cache.folder / TOKENIZER}."
+        )
     tokenizer = tokenizers.load(cache.folder / TOKENIZER)
     return FoundTeacher(folder, cache.card.vocab_size, tokenizer, None, cache)
 

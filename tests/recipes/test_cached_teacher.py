@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from kdtune.cli.main import main
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
 from kdtune.teacher import CachedTeacher
-from kdtune.teacher_cache import HEAD, Samples, TeacherCache, TopK
+from kdtune.teacher_cache import HEAD, TOKENIZER, Samples, TeacherCache, TopK
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["store.top_k=2048", "store.bits=32"]  # of the vocabulary, exactly
@@ -299,6 +300,13 @@ def test_a_live_teacher_needs_a_folder(tiny: Path, tmp_path: Path) -> None:
     argv = tiny_runs.arguments(tiny, tmp_path / "run", recipe="knowledge_distillation")
     with pytest.raises(ValueError, match=r"no value for teacher_checkpointer\.checkpoint_dir.*or teacher\.cache_dir="):
         main([x for x in argv if not x.startswith("teacher_checkpointer")])
+
+
+def test_a_lost_tokenizer(tiny: Path, tmp_path: Path) -> None:
+    folder = cache(tiny, tmp_path / "cache", *KINDS["top"])
+    shutil.rmtree(folder / TOKENIZER)
+    with pytest.raises(ValueError, match=r"has no tokenizer.*Copy the files .* into .*cache/tokenizer"):
+        distil_from_cache(tiny, tmp_path / "run", folder)
 
 
 def test_it_is_a_teacher_like_the_live_one(tiny: Path, tmp_path: Path) -> None:
