@@ -36,18 +36,25 @@ MAY_IMPORT = {
     "losses": {"config"},
     "devices": set[str](),
     "documents": {"devices"},
+    "files": set[str](),
     "models": {"config", "documents", "dtensors", "stage"},
     "optim": {"config", "dtensors", "models", "stage"},
     "stage": set[str](),
     "pipeline_parallel": {"dtensors", "models", "stage"},
     "tokenizers": {"config"},
-    "data": {"config", "devices", "documents", "tokenizers"},
-    "teacher_cache": {"checkpoint", "config", "data", "tokenizers"},  # all but config for convert.py
+    "data": {"config", "devices", "documents", "files", "tokenizers"},
+    "teacher_cache": {
+        "checkpoint",
+        "config",
+        "data",
+        "files",
+        "tokenizers",
+    },  # most for convert.py
     "teacher": {
         *("checkpoint", "config", "data", "devices", "distributed", "dtensors", "losses", "models"),
         *("preflight", "teacher_cache", "tokenizers"),
     },
-    "checkpoint": {"config", "distributed", "dtensors", "models", "pipeline_parallel", "tokenizers"},
+    "checkpoint": {"config", "distributed", "dtensors", "files", "models", "pipeline_parallel", "tokenizers"},
     "distributed": {
         *("config", "data", "devices", "models", "stage"),
         *("context_parallel", "pipeline_parallel", "tensor_parallel"),

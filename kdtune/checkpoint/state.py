@@ -23,19 +23,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kdtune import __version__
+from kdtune import __version__, files
 from kdtune.checkpoint.background import Background
+from kdtune.checkpoint.spread import Spread, read_spread, write_spread
 from kdtune.distributed import ALONE, Ranks, reshard
 from kdtune.dtensors import held, local, whole
 from kdtune.models import Decoder
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    pass
 
 
 class Stateful(Protocol):
@@ -187,17 +188,6 @@ def check_resume(resume_from: Path | None, loader: Stateful, num_steps: int) -> 
     return state["step"]
 
 
-@runtime_checkable
-class Spread(Protocol):
-    """What may be held by several processes together: an optimizer."""
-
-    def spread_state(
-        self,
-        saved: Mapping[int, Mapping[str, Any]] | None = None,
-        mesh_like: Callable[[DeviceMesh], DeviceMesh] | None = None,
-    ) -> dict[str, Tensor]: ...
-
-
 class Run:
     """The state of a training run: where it stands, and how it gets to the disk and back.
 
@@ -232,7 +222,7 @@ class Run:
             state = _read_state(resume_from, mmap=ranks.size > 1)
             _check_parts(resume_from, state, parts)
             for name, part in parts.items():
-                part.load_state_dict(state[name] | _read_spread(resume_from / name, part, state[name], ranks))
+                part.load_state_dict(state[name] | read_spread(resume_from / name, part, state[name], ranks))
             if ranks.rank < len(state["random"]):  # one that was not there then keeps the numbers it was started with
                 _set_random_state(state["random"][ranks.rank])
             self.step = state["step"]
@@ -295,7 +285,7 @@ class Run:
             state = dict(content["state"])
             for name, part in self._parts.items() if ranks.size > 1 else ():
                 if isinstance(part, Spread):
-                    state[name] = _write_spread(aside / name, part, state[name], ranks)
+                    state[name] = write_spread(aside / name, part, state[name], ranks)
             state["random"] = ranks.gather(state["random"])
             with ranks.together():
                 if ranks.is_first:
@@ -383,15 +373,15 @@ def write_aside(folder: Path, write: Callable[[Path], None], ranks: Ranks = ALON
 
 def _put_in_place(aside: Path, folder: Path) -> None:
     for path in sorted(aside.rglob("*")):
-        _flush(path)
-    _flush(aside)
+        files.sync(path)
+    files.sync(aside)
     replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     aside.rename(folder)
-    _flush(folder.parent)
-    _flush(folder.parent.parent)  # which may have got a new folder, too
+    files.sync(folder.parent)
+    files.sync(folder.parent.parent)  # which may have got a new folder, too
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -423,46 +413,12 @@ def _write_state(file: Path, state: dict[str, Any]) -> None:
         raise OSError(f"{file}: {error}") from error
 
 
-def _write_spread(folder: Path, part: Spread, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Every process writes the tensors that it holds; what is left of the state is returned."""
-    import torch.distributed.checkpoint as dcp
-
-    tensors = part.spread_state(state["state"], ranks.mesh_like)
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
-    except dcp.api.CheckpointException as error:  # on all of them
-        (failure, _), *_ = error.failures.values()
-        raise OSError(f"{folder}: {failure}") from error
-    steps = {index: {"step": entries["step"]} for index, entries in state["state"].items()}
-    return {**state, "state": steps}
-
-
-def _read_spread(folder: Path, part: Stateful, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """What `_write_spread` wrote, by however many processes; nothing if it did not."""
-    if not folder.is_dir() or not isinstance(part, Spread):
-        return {}
-    import torch.distributed.checkpoint as dcp
-
-    tensors = part.spread_state()
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
-    tensors = {name: tensor for name, tensor in tensors.items() if name in saved}
-    dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-    entries = {index: dict(entry) for index, entry in state["state"].items()}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        entries[int(index)][key] = tensor
-    return {"state": entries}
-
-
 def _write_mark(output_dir: Path) -> None:
     """Say what runs here; in one piece, for a process that is started again reads it."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     versions = {"kdtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    aside = output_dir / f".{_MARK}.tmp"
-    aside.write_text(json.dumps(versions | ({"launch": launch} if launch else {}), indent=2) + "\n")
-    aside.replace(output_dir / _MARK)
+    text = json.dumps(versions | ({"launch": launch} if launch else {}), indent=2) + "\n"
+    files.write(output_dir / _MARK, text.encode())
 
 
 def _clear(output_dir: Path) -> None:
@@ -496,11 +452,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["accelerator"] is not None and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(state["accelerator"])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

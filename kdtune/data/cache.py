@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import struct
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from kdtune import __version__
+from kdtune import __version__, files
 from kdtune.data.config import SourceConfig
 from kdtune.data.examples import Counts, Examples, Part
 from kdtune.data.ids import example_ids
@@ -39,8 +38,7 @@ _COLUMNS = {"tokens": np.int32, "is_label": np.bool_, "offsets": np.int64, "ids"
 _HEADER_SIZE = 128
 _END_SIZE = 2**16
 _NUM_CHECKED = 256  # examples whose ids are computed again when a set is opened
-_ASIDE = re.compile(r"\..+-[0-9a-f]{16}\.\d+\.\d+")  # .set.process.nanoseconds
-_ASIDE_AGE = 24 * 3600  # seconds without a change, after which nobody writes there any more
+_ASIDE = re.compile(r"\..+-[0-9a-f]{16}\.\d+\.\d+")  # of a set, as `files.aside` names them
 
 # Settings that change where and how tokens are made or dealt out, but not which they are; the chat template is part of
 # the tokenizer. A setting that is not named here makes another set.
@@ -75,12 +73,11 @@ def key(
         vocab_size: rows with ids from this on are left out; None: none are.
     """
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _NO_TOKENS}
-    files = [_identity(file) for file in rows.files]
     return {
         "format": FORMAT,
         "kdtune": __version__,
         "shards": [[shard.name, shard.size] for shard in rows.shards if not shard.files],
-        "files": files,
+        "files": [_identity(file) for file in rows.files],
         "tokenizer": tokenizer.fingerprint,
         "max_seq_len": max_seq_len,
         "vocab_size": vocab_size,
@@ -114,13 +111,13 @@ def write(folder: Path, key: dict[str, Any], parts: Iterable[Part]) -> None:
         OSError: the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    aside = _aside(folder)
+    files.sweep(folder.parent, _ASIDE, _delete)
+    aside = files.aside(folder)
     aside.mkdir()
     try:
         counts, sizes = _write_columns(aside, parts)
         meta = {"key": key, "sizes": sizes, "counts": dataclasses.asdict(counts)}
-        _write_synced(aside / META, json.dumps(meta, indent=1).encode())
+        files.write(aside / META, json.dumps(meta, indent=1).encode())
         try:
             os.rename(aside, folder)
         except OSError:
@@ -132,13 +129,13 @@ def write(folder: Path, key: dict[str, Any], parts: Iterable[Part]) -> None:
 
 def _write_columns(aside: Path, parts: Iterable[Part]) -> tuple[Counts, dict[str, int]]:
     counts, sizes = Counts(), dict.fromkeys(_COLUMNS, 0)
-    files = {name: open(aside / f"{name}.npy", "wb") for name in _COLUMNS}  # noqa: SIM115
+    columns = {name: open(aside / f"{name}.npy", "wb") for name in _COLUMNS}  # noqa: SIM115
     try:
-        for name, file in files.items():
+        for name, file in columns.items():
             file.write(_header(_COLUMNS[name], 0))
 
         def append(name: str, array: np.ndarray) -> None:
-            files[name].write(np.ascontiguousarray(array, _COLUMNS[name]).data)
+            columns[name].write(np.ascontiguousarray(array, _COLUMNS[name]).data)
             sizes[name] += len(array)
 
         append("offsets", np.zeros(1, np.int64))
@@ -149,13 +146,13 @@ def _write_columns(aside: Path, parts: Iterable[Part]) -> tuple[Counts, dict[str
             append("ids", part.ids)
             append("rows", part.rows)
             counts.add(part.counts)
-        for name, file in files.items():
+        for name, file in columns.items():
             file.seek(0)
             file.write(_header(_COLUMNS[name], sizes[name]))
             file.flush()
             os.fsync(file.fileno())
     finally:
-        for file in files.values():
+        for file in columns.values():
             file.close()
     return counts, sizes
 
@@ -165,13 +162,6 @@ def _header(dtype: Any, size: int) -> bytes:
     text = f"{{'descr': '{np.dtype(dtype).newbyteorder('<').str}', 'fortran_order': False, 'shape': ({size},), }}"
     length = _HEADER_SIZE - 10
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", length) + text.encode().ljust(length - 1) + b"\n"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read(folder: Path, key: dict[str, Any], name: str, max_seq_len: int) -> Examples | None:
@@ -243,24 +233,10 @@ def _check(folder: Path, examples: Examples) -> None:
 
 def remove(folder: Path) -> None:
     """Deletes a damaged set. It loses its name first, so that no other process finds a part of it."""
-    aside = _aside(folder)
+    aside = files.aside(folder)
     with suppress(FileNotFoundError):  # another process was faster
         os.rename(folder, aside)
         _delete(aside)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Deletes what killed writers left. They may have been on another machine: age alone tells that they are gone."""
-    for folder in cache_dir.iterdir():
-        if _ASIDE.fullmatch(folder.name):
-            with suppress(OSError):  # another process deletes it, too, or it is another user's
-                newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-                if time.time() - newest > _ASIDE_AGE:
-                    _delete(folder)
 
 
 def _delete(folder: Path) -> None:

@@ -95,7 +95,7 @@ class Card:
         return json.dumps({**entries, "hash": self.hash}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Card:
+    def from_json(cls, text: str | bytes) -> Card:
         """What `to_json` made.
 
         Raises:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import re
 import time
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -25,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
+from kdtune import files
 from kdtune.teacher_cache.answers import Answers
 from kdtune.teacher_cache.card import FORMAT, VERSION, Card
 from kdtune.teacher_cache.codec import HIDDEN_TYPES, Codec
@@ -43,8 +42,7 @@ _INDEX: dict[str, np.dtype[Any]] = {
 }
 _HEAD_TYPES = {"bf16": "BF16", "fp32": "F32"}
 _SHARD_SECONDS = 600.0  # after which a shard is closed as it is: a slow teacher's work is not lost, either
-_ASIDE = re.compile(r"\..+\.\d+\.\d+")  # .name.process.nanoseconds
-_ASIDE_AGE = 24 * 3600  # seconds after which nobody writes there any more
+_ASIDE = re.compile(r"\..+\.\d+\.\d+")  # as `files.aside` names them
 _NUM_MAPPED = 256  # shards that are mapped at one time: each takes a file descriptor
 
 
@@ -77,8 +75,8 @@ class Writer:
         self._lock = Lock()
         self._clear()
         (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        _sweep(self.folder)
-        _sweep(self.folder / SHARDS)
+        for folder in (self.folder, self.folder / SHARDS):
+            files.sweep(folder, _ASIDE)
         self._write_card()
 
     def __enter__(self) -> Writer:
@@ -136,7 +134,7 @@ class Writer:
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "card": self.card.hash}
         content = save({**index, "data": np.frombuffer(b"".join(self._data), np.uint8)}, metadata)
-        _write(self.folder / SHARDS / f"{_hash(index)}.safetensors", content)
+        files.write(self.folder / SHARDS / f"{_hash(index)}.safetensors", content)
         self._clear()
 
     def _write_card(self) -> None:
@@ -147,12 +145,12 @@ class Writer:
         path = self.folder / CARD
         if not path.exists():
             _check_empty(self.folder)
-            _write(path, self.card.to_json().encode(), is_new=True)
+            files.write(path, self.card.to_json().encode(), is_new=True)
         found = _read_card(self.folder)
         _check_same(self.folder, found, self.card)
         both = found.with_datasets(self.card.datasets)
         if both != found:
-            _write(path, both.to_json().encode())
+            files.write(path, both.to_json().encode())
 
 
 class TeacherCache:
@@ -308,20 +306,20 @@ def write_head(folder: str | Path, weight: np.ndarray, dtype: HiddenDtype) -> No
     header = json.dumps({"__metadata__": metadata, "weight": entry}).encode()
     header += b" " * (-len(header) % 8)
     content = len(header).to_bytes(8, "little") + header + data
-    _write(Path(folder) / HEAD, content, is_new=True)
+    files.write(Path(folder) / HEAD, content, is_new=True)
 
 
-def write_tokenizer(folder: str | Path, files: Mapping[str, bytes]) -> None:
+def write_tokenizer(folder: str | Path, contents: Mapping[str, bytes]) -> None:
     """Put the tokenizer that made the examples beside the answers, so that students can be compared with it.
 
     Args:
         folder: of the cache.
-        files: their contents by name.
+        contents: of its files, by name.
     """
-    for name, content in files.items():
+    for name, content in contents.items():
         path = Path(folder) / TOKENIZER / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        files.write(path, content)
 
 
 def _check_empty(folder: Path) -> None:
@@ -350,18 +348,20 @@ def _codec(card: Card) -> Codec:
 
 def _read_card(folder: Path) -> Card:
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        content = (folder / CARD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} is no teacher cache: it has no {CARD}. Give the folder that cache_teacher_logits wrote."
         ) from None
     try:
-        return Card.from_json(text)
+        return Card.from_json(content)
     except ValueError as error:
         raise ValueError(f"{folder / CARD} cannot be used: {error}. Make the cache again.") from None
 
 
 def _shards(folder: Path) -> list[Path]:
+    if not (folder / SHARDS).is_dir():  # all were deleted
+        return []
     paths = sorted(path for path in (folder / SHARDS).iterdir() if path.name[0] != ".")
     if strangers := [path.name for path in paths if not _SHARD_NAME.fullmatch(path.name)]:
         raise ValueError(
@@ -403,38 +403,3 @@ def _open(path: Path, card: Card) -> dict[str, Any]:
 def _map(path: Path) -> memoryview:
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _write(path: Path, content: bytes, is_new: bool = False) -> None:
-    """Aside, then under its name; with `is_new` only if there is no such file yet."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
-            try:
-                os.link(aside, path)
-            except FileExistsError:  # another writer was faster
-                pass
-            except OSError:  # a file system without hard links
-                os.replace(aside, path)
-        else:
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed writers left. They may have been on another machine: age alone tells that they are gone."""
-    for path in folder.iterdir():
-        if _ASIDE.fullmatch(path.name):
-            with suppress(OSError):  # another process deletes it, too, or it is another user's
-                if time.time() - path.stat().st_mtime > _ASIDE_AGE:
-                    path.unlink()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdtune import files
 from kdtune.checkpoint import Run, check_resume, latest, prepare_output_dir
 from kdtune.checkpoint import state as module
 from kdtune.checkpoint.state import STATE_FILE, write_aside
@@ -123,7 +124,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(Path, "rename", counting(Path.rename))
     monkeypatch.setattr(Path, "write_text", counting(Path.write_text))
     monkeypatch.setattr(Path, "mkdir", counting(Path.mkdir))
-    monkeypatch.setattr(module, "_flush", counting(module._flush))
+    monkeypatch.setattr(files, "sync", counting(files.sync))
     monkeypatch.setattr(torch, "save", counting(torch.save))
     for name in ("unlink", "rmdir"):
         monkeypatch.setattr(module.os, name, counting(getattr(module.os, name)))

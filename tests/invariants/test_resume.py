@@ -18,7 +18,7 @@ import tiny_runs
 import torch
 from tiny_runs import distil, finetune
 
-from kdtune import data
+from kdtune import data, files
 from kdtune.checkpoint import state
 
 ROOT = Path(__file__).parents[2]
@@ -154,14 +154,14 @@ def test_checkpoints_written_in_the_background_are_the_same(
 ) -> None:
     """Byte for byte, though steps are taken while they are written."""
     monkeypatch.setattr(state, "_delete_others", lambda newest: None)
-    monkeypatch.setattr(state, "_flush", lambda path: time.sleep(0.01))  # of a slow disk
+    monkeypatch.setattr(files, "sync", lambda path: time.sleep(0.01))  # of a slow disk
     waiting, background = (
         distil(tiny, tmp_path / name, "save_every_n_steps=3", *overrides, f"save_in_background={flag}")
         for name, flag in (("waiting", "false"), ("background", "true"))
     )
     for folder in (waiting / "checkpoints", waiting / "model", waiting / "adapter"):
-        files = {path.relative_to(waiting): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert {path: (background / path).read_bytes() for path in files} == files
+        written = {path.relative_to(waiting): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert {path: (background / path).read_bytes() for path in written} == written
     assert len(list((background / "checkpoints").iterdir())) == 3
     assert tiny_runs.numbers(waiting) == tiny_runs.numbers(background)
 

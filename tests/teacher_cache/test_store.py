@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,9 +345,36 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"holds other files: model.safetensors"):
         Writer(tmp_path, CARD)
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"card.json cannot be used: it is no card"):
-        TeacherCache(tmp_path)
+    for content in (b"", b"{}", b"\xff\x00"):
+        (tmp_path / "card.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"card.json cannot be used: it is no card"):
+            TeacherCache(tmp_path)
+
+
+def test_shards_that_were_deleted_are_missing(tmp_path: Path) -> None:
+    write(tmp_path, range(3))
+    shutil.rmtree(tmp_path / "shards")
+    check(tmp_path, [])
+    write(tmp_path, range(3))
+    check(tmp_path, range(3))
+
+
+def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def answer() -> None:
+        write(tmp_path, range(3, 6))
+
+    write(tmp_path, range(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=r"shards.* could not be written: .*No space left.* stays"):
+            answer()
+    check(tmp_path, range(3))
+    assert len(list(tmp_path.rglob(".*"))) == 0
+    write(tmp_path, range(3, 6))
+    check(tmp_path, range(6))
 
 
 def test_another_may_have_begun_since_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
