@@ -121,7 +121,10 @@ def read_yaml(path: Path) -> Mapping[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not YAML: {error.problem or error.context}.") from error
+        why = str(error.problem or error.context).rstrip(".")
+        raise ValueError(f"{place}: not YAML: {why}.") from error
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML: nested too deeply.") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {_first_line(error)}.") from error
     except OSError as error:
@@ -226,6 +229,8 @@ def _advice(key: str, value: Any, field: Field) -> str:
     if value == "":
         return "Write null for no value." if field.optional else ""
     if typing.get_origin(field.type) is list and isinstance(value, (str, int, float)):
+        if str(value).startswith("["):
+            return "Close each bracket, and put quotes around each text that has brackets or a colon."
         return f"Write {key}=[{value}] for a list."
     if field.type == list[str] and isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return "Put quotes around each text that has a colon in it."
