@@ -21,7 +21,7 @@ import pytest
 
 from kdtune import config
 from kdtune.cli import catalog, compare, launch, report
-from kdtune.cli.main import main
+from kdtune.cli.main import COMMANDS, main
 from kdtune.cli.recipe import load_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,9 +381,11 @@ def test_pages_are_reached_from_the_index() -> None:
     assert not set(ROOT.glob("docs/**/*.md")) - {index} - linked
 
 
-def test_readme_is_short_and_has_every_recipe() -> None:
+def test_readme_is_short_and_has_every_command_and_recipe() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
+    for command in COMMANDS:
+        assert f"`kdtune {command}" in text, command
     for path in RECIPES:
         assert f"[`{path.stem}`](docs/{path.stem}.md)" in text
         assert f"]({path.name})" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
