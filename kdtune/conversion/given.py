@@ -13,6 +13,7 @@ Kind = Literal["lost", "different", "unneeded"]
 
 UNKNOWN = "kdtune has no such setting."
 _INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
+_MOST_LOOKUPS = 10_000  # a few lines that each name the one before twice would else fill the memory
 
 
 @dataclass
@@ -96,10 +97,15 @@ def resolve(values: Mapping[Any, Any]) -> dict[Any, Any]:
     """Replace each `${other.setting}` by the other's value.
 
     Raises:
-        ValueError: one that leads nowhere, or in a circle, or that is more than the name of a setting.
+        ValueError: one that leads nowhere, or in a circle, or that is more than the name of a setting; far too many.
     """
+    num_lookups = 0
 
     def look_up(key: str, trail: tuple[str, ...]) -> Any:
+        nonlocal num_lookups
+        num_lookups += 1
+        if num_lookups > _MOST_LOOKUPS:
+            raise ValueError(f"Settings lead to others in more than {_MOST_LOOKUPS:,} places, ${{{key}}} is one of them.")
         if key in trail:
             raise ValueError(f"${{{key}}} leads back to itself, by way of {', '.join(trail)}.")
         node: Any = values

@@ -16,10 +16,10 @@ _TURNS = {
     **dict.fromkeys(("qwen2", "qwen2_5", "qwen3"), "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
     **dict.fromkeys(("llama2", "mistral"), "[INST] {} [/INST]"),
 }
-# Alpaca's wording for rows without an input, with room for one.
+# Alpaca's prompt for rows without an input, which stands where there is an empty line.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n{input}\n### Response:\n"
 )
 
 

@@ -13,6 +13,7 @@ import yaml
 from kdtune import config, conversion
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
+from kdtune.data.formats import ALPACA
 
 from .conftest import Run
 
@@ -179,6 +180,8 @@ def test_llama_is_as_our_config_says(tmp_path: Path, llama: dict[str, Any], conv
     turns, answer = shipped.dataset.prompt_template.split("{instruction}\n{input}")
     assert theirs.dataset.prompt_template.startswith(turns)
     assert theirs.dataset.prompt_template.endswith(answer)
+    without_input = ALPACA.format(instruction="Add 1.")
+    assert theirs.dataset.prompt_template.format(instruction="Add 1.", input="") == f"{turns}{without_input}{answer}"
     assert theirs.dataset.train_on_input  # torchtune's default for Alpaca
     assert (theirs.lora.rank, theirs.lora.alpha, theirs.lora.save_merged) == (64, 128, True)
     assert theirs.lora.target_modules == ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -412,6 +415,10 @@ def test_losses_weigh_as_in_model_optimizer(
         ("kd_loss_scale: ${oc.env:HOME}\n", "'${oc.env:HOME}' is not resolved"),
         ("kd_loss_scale: ${nope.x}\n", "${nope.x} leads nowhere"),
         ("kd_loss_scale: ${skip_lm_loss}\nskip_lm_loss: ${kd_loss_scale}\n", "leads back to itself"),
+        (
+            "a0: x\n" + "".join(f"a{i}: ${{a{i - 1}}}${{a{i - 1}}}\n" for i in range(1, 60)) + "kd_loss_scale: 1\n",
+            "Settings lead to others in more than 10,000 places",
+        ),
         ("skip_lm_loss: false\nkd_loss_scale: [1]\n", "kd_loss_scale wants a number"),
         ("a: [\n", "line 2, column 1: not YAML"),
         ("kd_loss_scale: !!python/object/apply:os.system [exit]\n", "not YAML: could not determine a constructor"),
