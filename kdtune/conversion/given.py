@@ -105,7 +105,7 @@ def resolve(values: Mapping[Any, Any]) -> dict[Any, Any]:
         nonlocal num_lookups
         num_lookups += 1
         if num_lookups > _MOST_LOOKUPS:
-            raise ValueError(f"Settings lead to others in more than {_MOST_LOOKUPS:,} places, ${{{key}}} is one of them.")
+            raise ValueError(f"Settings lead to others in more than {_MOST_LOOKUPS:,} places, as ${{{key}}} does.")
         if key in trail:
             raise ValueError(f"${{{key}}} leads back to itself, by way of {', '.join(trail)}.")
         node: Any = values
