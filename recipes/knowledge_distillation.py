@@ -58,9 +58,12 @@ from kdtune.teacher import (
     TeacherConfig,
     add_hidden_loss,
     check_teacher,
+    compare_hidden,
+    count_compared,
     find_teacher,
     load_live_teacher,
     load_teacher,
+    run_student,
     teacher_folders,
 )
 
@@ -149,7 +152,9 @@ def main(cfg: Config) -> None:
             micro_batches = inputs.loader.next_step()
             num_tokens = ranks.total(data.count_labels(micro_batches))
             optim.set_lr(optimizer, inputs.lr_schedule(step))
-            sums = forward_backward(cfg, student, teacher, micro_batches, num_tokens, step / inputs.num_steps)
+            num_compared = count_compared(student, micro_batches, ranks, num_tokens)
+            done = step / inputs.num_steps
+            sums = forward_backward(cfg, student, teacher, micro_batches, num_tokens, done, num_compared)
             norm = optimizer.clip_grad_norm(cfg.clip_grad_norm)
             throughput.add(num_tokens)
             last = step == inputs.num_steps
@@ -239,6 +244,7 @@ def forward_backward(
     micro_batches: Sequence[data.Batch],
     num_tokens: int,
     progress: float = 0.0,
+    num_compared: int | None = None,
 ) -> Tensor:
     """Gradients of one optimizer step, and what is logged of it, as `losses.Loss.logged`: [4], or with pairs more.
 
@@ -246,10 +252,9 @@ def forward_backward(
         micro_batches: all of the step, on the host.
         num_tokens: labels of all of them.
         progress: share of the run that is done, 0 to 1.
+        num_compared: positions of all of them with hidden states that are compared; None: `num_tokens`.
     """
-    device = student.device
-    hidden_loss: losses.HiddenLoss | None = student.beside
-    of_student, of_teacher = (hidden_loss.of_student, hidden_loss.of_teacher) if hidden_loss else ((), ())
+    of_teacher = student.beside.of_teacher if student.beside else ()
     logged: list[Tensor] = []
     losses_of: dict[int, Tensor] = {}  # micro-batches that went forward and not yet backward: one, without a pipeline
     for direction, i in pipeline_parallel.schedule(student, len(micro_batches)):
@@ -260,14 +265,13 @@ def forward_backward(
         # The teacher goes first: its activations are gone before the student's are kept for the backward.
         with record_function("teacher"):
             targets = teacher(micro_batches[i], of_teacher)
-        batch = micro_batches[i].to(device)
+        batch = micro_batches[i].to(student.device)
         with record_function("student"):
-            given = hidden_loss.given(targets) if hidden_loss else None
-            hidden, captured = student.hidden_states(batch.tokens, batch.positions, batch.documents, of_student, given)
+            hidden, captured = run_student(student, batch, targets)
         with record_function("loss"):
-            distances = hidden_loss(captured, targets, batch.labels, num_tokens) if hidden_loss else None
+            distances = compare_hidden(student, captured, targets, batch, num_compared or num_tokens)
             loss = objective(cfg, hidden, student.head, targets, batch, num_tokens, progress, distances)
-        del captured, targets, given  # or the backward could free nothing of them
+        del captured, targets  # or the backward could free nothing of them
         losses_of[i] = loss.total
         logged.append(loss.logged())
     return torch.stack(logged).sum(0)

@@ -6,7 +6,7 @@ and resumable; `Stream` and `StreamLoader` do so with rows too many to look at f
 nowhere else: the label at position i is the token at i + 1, or IGNORE.
 """
 
-from kdtune.data.batch import IGNORE, Batch, Keys, Share, collate, collate_packed, count_labels
+from kdtune.data.batch import IGNORE, Batch, Keys, Share, collate, collate_packed, count_labels, count_tokens
 from kdtune.data.blend import Blend
 from kdtune.data.chats import trained_template
 from kdtune.data.config import DatasetConfig
@@ -35,6 +35,7 @@ __all__ = [
     "collate",
     "collate_packed",
     "count_labels",
+    "count_tokens",
     "load",
     "load_run",
     "trained_template",

@@ -45,6 +45,7 @@ class Batch:
         positions: [b, s] int64, from 0 in each document.
         documents: where those of packed rows begin and end, in whole rows. None: each row is one document.
         scored: [t] int64, which of the b * s positions have a label. None on the host, where it is found out.
+        lengths: [b] int64, how many tokens of each row there are before its padding. None: all.
         sliced_keys: of a slice of rows, finds what `keys` cannot find in a part of them. None: these are whole rows.
     """
 
@@ -53,6 +54,7 @@ class Batch:
     positions: Tensor
     documents: Documents | None = None
     scored: Tensor | None = None
+    lengths: Tensor | None = None
     sliced_keys: Callable[[], Keys] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -61,12 +63,18 @@ class Batch:
         scored = (self.labels.flatten() != IGNORE).nonzero()[:, 0] if self.scored is None else self.scored
         parts = (self.tokens, self.labels, self.positions)
         tokens, labels, positions, scored = (devices.send(part, device) for part in (*parts, scored))
-        return Batch(tokens, labels, positions, documents, scored)
+        lengths = None if self.lengths is None else devices.send(self.lengths, device)
+        return Batch(tokens, labels, positions, documents, scored, lengths)
 
     @property
     def num_labels(self) -> int:
         """Scored positions. Ask before `to`: on a GPU the answer waits for the device."""
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are no padding. Ask before `to`."""
+        return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
     def keys(self) -> Keys:
         """Of the scored positions, in their order. Ask before `to`."""
@@ -136,7 +144,9 @@ class Share:
             mine, all_keys = is_here[rows.labels != IGNORE].numpy(), rows.keys()
             return Keys(all_keys.examples[mine], all_keys.places[mine])
 
-        return Batch(tokens[:, here], labels[:, here], positions[:, here], documents, sliced_keys=keys)
+        ends = torch.full((len(tokens),), rows.tokens.size(1)) if rows.lengths is None else rows.lengths
+        lengths = (ends - self.slice * length).clamp(0, length)
+        return Batch(tokens[:, here], labels[:, here], positions[:, here], documents, None, lengths, keys)
 
 
 ALL = Share()  # of a process that is alone
@@ -145,6 +155,11 @@ ALL = Share()  # of a process that is alone
 def count_labels(batches: Sequence[Batch]) -> int:
     """Scored positions of all of them: what the sums of an optimizer step are divided by."""
     return sum(batch.num_labels for batch in batches)
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Positions of all of them that are no padding."""
+    return sum(batch.num_tokens for batch in batches)
 
 
 Example = tuple[Tensor, Tensor]  # tokens [s], labels [s]
@@ -159,7 +174,7 @@ def collate(rows: Sequence[Example], pad_id: int = 0) -> Batch:
     """
     tokens, labels = (_pad([row[part] for row in rows], fill) for part, fill in ((0, pad_id), (1, IGNORE)))
     positions = torch.arange(tokens.size(1)).expand_as(tokens)  # [b, s]
-    return Batch(tokens, labels, positions)
+    return Batch(tokens, labels, positions, lengths=torch.tensor([len(row) for row, _ in rows]))
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
@@ -176,13 +191,15 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
         for part, fill in ((0, pad_id), (1, IGNORE))
     )
     documents = Documents.in_rows([len(tokens) for tokens, _ in row] for row in rows)
-    return Batch(tokens, labels, documents.positions(), documents)
+    lengths = torch.tensor([sum(map(len, (tokens for tokens, _ in row))) for row in rows])
+    return Batch(tokens, labels, documents.positions(), documents, lengths=lengths)
 
 
 def without_labels(packed: bool) -> Batch:
     """A batch that teaches nothing, for a rank that has no row left in a step: all ranks must go through the model."""
     nothing = (torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE))
-    return collate_packed([[nothing]]) if packed else collate([nothing])
+    batch = collate_packed([[nothing]]) if packed else collate([nothing])
+    return replace(batch, lengths=torch.zeros(1, dtype=torch.int64))
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -102,6 +102,7 @@ class HiddenLoss(nn.Module):
         projections: one for each pair, one for all, or none.
         vocabulary: of the student's head, if a tensor-parallel group splits it. Hidden states then have the positions
             of this rank.
+        tokens: at which positions.
         instead: by the student's module the teacher's whose output it goes on from, if that is how it is trained.
     """
 
@@ -112,6 +113,7 @@ class HiddenLoss(nn.Module):
         widths: tuple[int, int] = (0, 0),
         vocabulary: Vocabulary | None = None,
         inputs: Literal["student", "teacher"] = "student",
+        tokens: Literal["labelled", "all"] = "labelled",
     ) -> None:
         """
         Args:
@@ -120,6 +122,7 @@ class HiddenLoss(nn.Module):
             widths: of student and teacher.
             vocabulary: see above.
             inputs: `teacher`: after the student's module of a pair go on from the teacher's output.
+            tokens: where they are compared: at positions with a label, or at all but padding.
         """
         super().__init__()
         self.pairs = tuple(pair for pair in pairs if pair.distance is not None)
@@ -127,6 +130,7 @@ class HiddenLoss(nn.Module):
         count = {None: 0, "shared": 1, "per_pair": len(pairs)}[projection]
         self.projections = nn.ModuleList(WidthProjection(*widths) for _ in range(count))
         self.vocabulary = vocabulary
+        self.tokens = tokens
 
     @property
     def of_student(self) -> tuple[str, ...]:
@@ -144,19 +148,28 @@ class HiddenLoss(nn.Module):
         return {name: targets.captured[of_teacher] for name, of_teacher in self.instead.items()}
 
     def forward(
-        self, captured: Mapping[str, Tensor], targets: Targets | SparseTargets, labels: Tensor, num_tokens: int
+        self,
+        captured: Mapping[str, Tensor],
+        targets: Targets | SparseTargets,
+        labels: Tensor,
+        num_tokens: int,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """The distance of each pair, [pairs]: sums over the labelled tokens, divided by `num_tokens`.
+        """The distance of each pair, [pairs]: sums over the tokens that count, divided by `num_tokens`.
 
         Args:
             captured: of each module of the student its output, [b, s, d]; of a tensor-parallel group the positions of
                 this rank.
             targets: with the outputs of the teacher's modules; or these of the labelled tokens alone, [t, d].
             labels: [b, s], of all positions of the group.
-            num_tokens: labelled tokens of the whole optimizer step.
+            num_tokens: of the whole optimizer step, those that count.
+            lengths: [b], tokens of each row before its padding; None: all.
         """
         assert isinstance(targets, Targets)
         counted = labels != IGNORE  # [b, s]
+        if self.tokens == "all":
+            place = torch.arange(labels.size(1), device=labels.device)
+            counted = torch.ones_like(counted) if lengths is None else place < lengths[:, None]
         if self.vocabulary is not None:
             counted = _slice(counted, self.vocabulary)
         sums = []

@@ -26,6 +26,7 @@ class HiddenLossConfig:
     pairs: list[dict[str, str]] = setting([])
     name: DistanceName = "cosine"  # the distance of pairs that have no loss of their own
     inputs: Literal["student", "teacher"] = "student"  # teacher: after each pair the student goes on from its output
+    tokens: Literal["labelled", "all"] = "labelled"  # where it is computed; all: prompts and last tokens, too
     weight: float = setting(1.0, gt=0)  # of the mean over all pairs in the objective, times kd_ratio
     projection: ProjectionName | None = None  # a trained map to the teacher's width; null: widths are the same
     projection_init: Literal["normal", "orthogonal"] = "normal"  # normal: as fresh weights of the student; bias 0

@@ -3,7 +3,7 @@
 from kdtune.teacher.asking import ask, keep_head
 from kdtune.teacher.cached import CachedTeacher
 from kdtune.teacher.config import TeacherConfig
-from kdtune.teacher.hidden import add_hidden_loss, check_hidden_loss
+from kdtune.teacher.hidden import add_hidden_loss, check_hidden_loss, compare_hidden, count_compared, run_student
 from kdtune.teacher.live import LiveTeacher
 from kdtune.teacher.start import (
     FoundTeacher,
@@ -27,9 +27,12 @@ __all__ = [
     "check_hidden_loss",
     "check_live_teacher",
     "check_teacher",
+    "compare_hidden",
+    "count_compared",
     "find_teacher",
     "keep_head",
     "load_live_teacher",
     "load_teacher",
+    "run_student",
     "teacher_folders",
 ]

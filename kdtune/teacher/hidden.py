@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kdtune import distributed, losses
+from kdtune import data, distributed, losses
+from kdtune.data import Batch
 from kdtune.distributed import Ranks
-from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair
+from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair, SparseTargets, Targets
 from kdtune.models import Decoder, from_hf_config, module_names
 from kdtune.teacher_cache import Hidden, TeacherCache
 
@@ -37,6 +40,12 @@ def check_hidden_loss(cfg: Any) -> None:
             f"hidden_loss.inputs=teacher lets layers of the student compute from what layers of the teacher put out, "
             f"and of these teacher.cache_dir={cfg.teacher.cache_dir} has none. Ask the teacher during the run "
             "(teacher_checkpointer), or leave hidden_loss.inputs out."
+        )
+    if settings.tokens == "all" and cfg.teacher.cache_dir is not None:
+        raise ValueError(
+            f"hidden_loss.tokens=all compares hidden states of prompts, too, and teacher.cache_dir="
+            f"{cfg.teacher.cache_dir} has those at labelled tokens alone. Leave it out, or ask the teacher during the "
+            "run (teacher_checkpointer)."
         )
     _pairs(cfg)
     student, teacher = _widths(cfg)
@@ -67,13 +76,57 @@ def add_hidden_loss(student: Decoder, cfg: Any, ranks: Ranks) -> None:
         return
     vocabulary = getattr(student.head, "vocabulary", None)
     with torch.device("meta"):
-        student.beside = HiddenLoss(_pairs(cfg), settings.projection, _widths(cfg), vocabulary, settings.inputs)
+        student.beside = HiddenLoss(
+            _pairs(cfg), settings.projection, _widths(cfg), vocabulary, settings.inputs, settings.tokens
+        )
     dtype = torch.promote_types(student.head.weight.dtype, torch.float32)
     student.beside.to(dtype).to_empty(device=cfg.parallel.place(ranks.device))
     generator = torch.Generator().manual_seed(cfg.seed)
     for projection in student.beside.projections:
         projection.init(settings.projection_init, student.config.initializer_range, generator)
     distributed.share_beside(student, ranks, cfg.parallel)
+
+
+def run_student(student: Decoder, batch: Batch, targets: Targets | SparseTargets) -> tuple[Tensor, dict[str, Tensor]]:
+    """Last hidden states, [b, s, d], and those that are compared by module, from what the settings say.
+
+    Args:
+        student: with what `add_hidden_loss` gave it, if anything.
+        batch: on its device.
+        targets: of the teacher, which was asked for `HiddenLoss.of_teacher`.
+    """
+    hidden_loss: HiddenLoss | None = student.beside
+    where = (batch.tokens, batch.positions, batch.documents)
+    if hidden_loss is None:
+        return student.hidden(*where), {}
+    return student.hidden_states(*where, hidden_loss.of_student, hidden_loss.given(targets))
+
+
+def compare_hidden(
+    student: Decoder, captured: dict[str, Tensor], targets: Targets | SparseTargets, batch: Batch, num_tokens: int
+) -> Tensor | None:
+    """The distance of each pair, [pairs], None without any; `captured` is from `run_student`, as are the others.
+
+    Args:
+        num_tokens: of the whole step, see `count_compared`.
+    """
+    if student.beside is None:
+        return None
+    distances: Tensor = student.beside(captured, targets, batch.labels, num_tokens, batch.lengths)
+    return distances
+
+
+def count_compared(student: Decoder, batches: Sequence[Batch], ranks: Ranks, num_labels: int) -> int:
+    """What distances of a step are divided by: how many positions of all ranks they are sums over.
+
+    Args:
+        student: with what `add_hidden_loss` gave it.
+        batches: of this rank.
+        ranks: the processes, all of which call.
+        num_labels: labels of the step, on all of them.
+    """
+    compares_all = student.beside is not None and student.beside.tokens == "all"
+    return ranks.total(data.count_tokens(batches)) if compares_all else num_labels
 
 
 def _pairs(cfg: Any) -> list[Pair]:

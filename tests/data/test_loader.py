@@ -14,6 +14,7 @@ import torch
 
 from kdtune import data
 from kdtune.data import IGNORE, Batch, Examples, Loader
+from kdtune.data.batch import without_labels
 
 PAD = 999
 
@@ -153,6 +154,24 @@ def test_collate_pads_on_the_right() -> None:
         assert batch.positions[i].tolist() == list(range(batch.tokens.shape[1]))
     assert batch.tokens.shape[1] == max(len(tokens) for tokens, _ in rows)
     assert batch.num_labels == 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_slices", [1, 2, 3])
+def test_tokens_that_are_no_padding(packed: bool, num_slices: int) -> None:
+    """Of whole rows and of slices, which a row may end before; a batch that teaches nothing has none."""
+    examples = make_examples()
+    documents = [[0, 1], [2], [3, 9, 4]] if packed else [[i] for i in range(4)]
+    made = [[examples[i] for i in row] for row in documents]
+    batch = data.collate_packed(made, PAD) if packed else data.collate([row for (row,) in made], PAD)
+    expected = [sum(len(tokens) for tokens, _ in row) for row in made]
+    slices = [data.Share(slice=i, num_slices=num_slices).of(batch) for i in range(num_slices)]
+    for whole, parts in zip(expected, zip(*(part.lengths.tolist() for part in slices), strict=True), strict=True):
+        length = slices[0].tokens.shape[1]
+        assert list(parts) == [min(max(whole - i * length, 0), length) for i in range(num_slices)]
+    assert data.count_tokens(slices) == sum(expected)
+    assert batch.to("meta").lengths.is_meta
+    assert without_labels(packed).num_tokens == 0
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

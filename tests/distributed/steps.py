@@ -22,7 +22,15 @@ from kdtune.dtensors import is_spread
 from kdtune.generation import generate
 from kdtune.models import LoraConfig, QATConfig, enable_activation_checkpointing, trained_parameters
 from kdtune.pipeline_parallel import schedule
-from kdtune.teacher import LiveTeacher, Teacher, TeacherConfig, add_hidden_loss
+from kdtune.teacher import (
+    LiveTeacher,
+    Teacher,
+    TeacherConfig,
+    add_hidden_loss,
+    compare_hidden,
+    count_compared,
+    run_student,
+)
 
 STEPS = 3
 Lengths = Sequence[int | tuple[int, ...]]
@@ -46,7 +54,8 @@ def rows(step: int, lengths: Lengths = LENGTHS) -> list[data.Batch]:
             packed = Documents.in_rows([documents, documents[1:]])
             positions = packed.positions()
             labels[1, total - documents[0] :] = data.IGNORE
-        made.append(data.Batch(tokens, labels, positions, packed))
+        lengths = torch.tensor([total, total - documents[0] * (len(documents) > 1)])
+        made.append(data.Batch(tokens, labels, positions, packed, lengths=lengths))
     return made
 
 
@@ -107,23 +116,20 @@ class Training:
         most = -(-len(micro_batches) // share.num_ranks)
         mine = micro_batches[share.rank :: share.num_ranks]
         mine = [share.of(batch) for batch in [*mine, *[without_labels(packed=False)] * (most - len(mine))]]
+        num_compared = count_compared(self.student, mine, self.ranks, num_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         waiting = {}
         for direction, i in schedule(self.student, len(mine)):
             if direction == "backward":
                 waiting.pop(i).backward()
                 continue
-            compared = self.student.beside or losses.HiddenLoss([])
-            targets = self.teacher(mine[i], compared.of_teacher)
+            targets = self.teacher(mine[i], self.student.beside.of_teacher if self.student.beside else ())
             batch = mine[i].to(self.ranks.device)
-            args = (batch.tokens, batch.positions, batch.documents)
-            hidden, captured = self.student.hidden_states(
-                *args, wanted=compared.of_student, given=compared.given(targets)
-            )
+            hidden, captured = run_student(self.student, batch, targets)
             weights = {"ce_weight": 0.5, "kd_weight": 0.5}
             loss = losses.distillation_loss(hidden, self.student.head, batch.labels, num_tokens, targets, **weights)
-            if compared.pairs:
-                distances = compared(captured, targets, batch.labels, num_tokens)
+            distances = compare_hidden(self.student, captured, targets, batch, num_compared)
+            if distances is not None:
                 loss = losses.add_hidden(loss, distances, 0.5)
             waiting[i] = loss.total
             total += loss.total.detach()

@@ -20,7 +20,7 @@ PAIRS = [
     {"student": "model.layers.0", "teacher": "model.layers.1", "loss": "none"},
     {"student": "model.layers.2", "teacher": "model.layers.3", "loss": "normalized_mse"},
 ]
-SETTINGS: dict[str, Any] = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, inputs="teacher")}
+SETTINGS: dict[str, Any] = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, inputs="teacher", tokens="all")}
 LAYOUTS = {
     "sharded": ParallelConfig(),
     "replicated": ParallelConfig(data_replicate=2),

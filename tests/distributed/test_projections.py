@@ -24,7 +24,7 @@ PAIRS = [
     {"student": "model.norm", "teacher": "model.norm"},
 ]
 SHARED = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, projection="shared", projection_init="orthogonal")}
-EACH = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, projection="per_pair")}
+EACH = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, projection="per_pair", tokens="all")}
 LAYOUTS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {
     "sharded": (2, ParallelConfig(), SHARED),
     "offloaded": (2, ParallelConfig(offload=True), EACH),

@@ -117,6 +117,18 @@ def test_a_teacher_of_the_labelled_positions_alone() -> None:
     assert torch.equal(whole, part)
 
 
+def test_all_tokens_but_padding() -> None:
+    """Whether they have a label or not."""
+    student, teacher, labels = problem()
+    loss = HiddenLoss([Pair("s0", "t1", "mse"), Pair("s1", "t0", "l1")], tokens="all")
+    lengths = torch.tensor([5, 2, 0])
+    everywhere = torch.zeros_like(labels)
+    for given, counts in ((lengths, torch.arange(5) < lengths[:, None]), (None, everywhere == 0)):
+        found = loss(student, targets(teacher), labels, 11, given)
+        expected = by_definition(loss, student, teacher, everywhere.masked_fill(~counts, IGNORE), 11)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_no_label_no_value() -> None:
     """But a graph, which several processes need."""
     student, teacher, labels = problem()

@@ -80,6 +80,26 @@ def test_a_step_means_the_same(changes: list[str], pair: Path, tmp_path: Path) -
         assert line == pytest.approx(expected, rel=1e-4)
 
 
+def test_all_tokens(pair: Path, tmp_path: Path) -> None:
+    """However they are split and packed; a mean of other tokens than those with a label."""
+    settings = [BOTH, "hidden_loss.projection=shared", "max_steps=1", "shuffle=false", "hidden_loss.tokens=all"]
+    settings += ["gradient_accumulation_steps=1", "dataset.train_on_input=false"]
+    splits = (
+        ["batch_size=10"],
+        ["batch_size=2", "gradient_accumulation_steps=5"],
+        ["batch_size=10", "dataset.packed=true"],
+    )
+    runs = [distil(pair, tmp_path / str(i), *settings, *split) for i, split in enumerate(splits)]
+    (expected,), *others = map(tiny_runs.steps, runs)
+    for (line,) in others:
+        assert line == pytest.approx(expected, rel=1e-4)
+    (labelled,) = tiny_runs.steps(
+        distil(pair, tmp_path / "labelled", *settings, "hidden_loss.tokens=labelled", *splits[0])
+    )
+    assert labelled["kd_loss"] == expected["kd_loss"]
+    assert abs(labelled["hidden_loss"] / expected["hidden_loss"] - 1) > 1e-3
+
+
 def test_packed_rows(pair: Path, tmp_path: Path) -> None:
     """The first step of all rows is that of the same rows in rows of their own."""
     settings = [BOTH, "hidden_loss.projection=shared", "max_steps=1", "shuffle=false", "gradient_accumulation_steps=1"]
@@ -162,9 +182,13 @@ def test_a_cache_of_hidden_states(pair: Path, tmp_path: Path, capsys: pytest.Cap
     cached = distil(pair, tmp_path / "cached", *settings, f"teacher.cache_dir={kept}")
     for line, expected in zip(tiny_runs.steps(cached), tiny_runs.steps(live), strict=True):
         assert line == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(SystemExit):
-        distil(pair, tmp_path / "else", RANGES, *settings[1:], f"teacher.cache_dir={kept}")
-    assert "has those of model.norm alone" in capsys.readouterr().err
+    for given, said in (
+        (RANGES, "has those of model.norm alone"),
+        ("hidden_loss.tokens=all", "has those at labelled tokens alone"),
+    ):
+        with pytest.raises(SystemExit):
+            distil(pair, tmp_path / "else", *settings, given, f"teacher.cache_dir={kept}")
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
