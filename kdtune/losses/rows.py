@@ -123,11 +123,17 @@ def outcomes(teacher: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, .
         are compared, [t, k] or [t, k + 1], or the weights of draws, [t, k], and entropies, [t, 1]; what metrics need.
     """
     ids, numbers, of_position, *metrics = teacher
-    is_none = (ids < 0) | (ids >= settings.shared_size)
+    is_teachers_own = ids >= settings.shared_size
+    is_none = (ids < 0) | is_teachers_own
     ids = ids.masked_fill(is_none, 0).long()
     if settings.convention == "sampled":
         return ids, is_none, numbers.masked_fill(is_none, 0), of_position, *metrics
     log_p = numbers.masked_fill(is_none, _LOG_ZERO)
+    if settings.convention in ("bucket", "partial"):
+        # As of whole distributions, those that only the teacher has are no outcome, and all others add up to 1.
+        mass = numbers.exp().masked_fill(~is_teachers_own, 0).sum(-1, keepdim=True)
+        log_both = torch.log1p(-mass.clamp(max=1 - torch.finfo(numbers.dtype).eps))
+        log_p, of_position = log_p - log_both, of_position - log_both
     if settings.convention == "renormalised":
         log_p = (log_p / settings.teacher_temperature).log_softmax(-1)
     elif settings.convention == "student_full":

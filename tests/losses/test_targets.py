@@ -273,6 +273,28 @@ def test_padding_of_the_student_s_vocabulary_is_not_among_the_others(convention)
         assert grad[:, 19:].abs().max() == 0
 
 
+@pytest.mark.parametrize("k", [23, 12])
+@every_convention
+def test_tokens_that_only_the_teacher_has_get_no_probability(convention, k):
+    """As of whole distributions: what both have adds up to 1. Of the tokens in a row so many are the teacher's own."""
+    student, teacher = make_logits(9, 23)
+    teacher = teacher.clone()
+    teacher[:3, 19:] += 4
+    targets = replace(top_k(teacher, k, convention), vocab_size=23)
+    is_own = targets.ids >= 19
+    assert (targets.log_probs.exp() * is_own).sum(-1)[:3].min() > 0.1
+    log_both = torch.log1p(-(targets.log_probs.exp() * is_own).sum(-1))
+    shared = replace(
+        targets,
+        ids=targets.ids.masked_fill(is_own, -1),
+        log_probs=(targets.log_probs - log_both[:, None]).masked_fill(is_own, -torch.inf),
+        log_rest=None,
+    )
+    expected = kd_and_grad(student[:, :19], teacher[:, :19] if k == 23 else shared)
+    for found, wanted in zip(kd_and_grad(student[:, :19], targets), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 COMPARISONS = [
     *(("bucket", name) for name in NAMES),
     *(("renormalised", name) for name in NAMES),
