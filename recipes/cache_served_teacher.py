@@ -120,7 +120,7 @@ def check(cfg: Config) -> Inputs:
         asked.append((examples, missing))
         num_tokens += int(examples.label_counts[missing].sum())
         card = card.with_datasets((teacher_cache.Dataset(dataclasses.asdict(dataset), max_seq_len, len(examples)),))
-        print(f"{name:<10}{examples.summary()}; {len(missing):,} examples to ask about")
+        print(f"data      {examples.summary()}; {len(missing):,} examples to ask about")
     print(f"teacher   {teacher.model} at {cfg.server.url}, vocabulary {vocab_size:,}")
     size = num_tokens * teacher_cache.estimate_bytes(cfg.store, vocab_size)
     print(f"cache     {cfg.output_dir}: {num_tokens:,} labelled tokens to add, about {format_bytes(size)}")

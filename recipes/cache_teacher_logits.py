@@ -1,9 +1,10 @@
 """Ask a teacher once, and keep what it says: students then learn from it without its weights.
 
-    kdtune run cache_teacher_logits --config quickstart/cache
-    kdtune run cache_teacher_logits --config llama3_2/8B_cache store.top_k=100 teacher.quantization=int8
-    kdtune run --nproc-per-node 8 cache_teacher_logits --config llama3_2/8B_cache parallel.tensor=8
-    kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD teacher.cache_dir=<output_dir>
+    kdtune run cache_teacher_logits --config quickstart
+    kdtune run cache_teacher_logits teacher_checkpointer.checkpoint_dir=models/Llama-3.1-8B-Instruct \
+        tokenizer.path=models/Llama-3.2-1B-Instruct dataset.source=rows.jsonl dataset.format=chat output_dir=caches/8B
+    kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD \
+        teacher_checkpointer=null teacher.cache_dir=caches/8B
 
 For each labelled token the likeliest next tokens are kept (`store.kind=top_k`), random draws (samples), or the final
 hidden states, from which everything can be computed (hidden). An example is known by its tokens and labels, so rows may
@@ -194,7 +195,7 @@ def check(cfg: Config) -> Inputs:
         )
         num_tokens += int(examples.label_counts[missing].sum())
         card = card.with_datasets((teacher_cache.Dataset(dataclasses.asdict(dataset), max_seq_len, len(examples)),))
-        print(f"{name:<10}{examples.summary()}; {len(missing):,} examples to ask about")
+        print(f"data      {examples.summary()}; {len(missing):,} examples to ask about")
     print(f"teacher   {teacher}")
     size = num_tokens * teacher_cache.estimate_bytes(cfg.store, teacher.vocab_size, teacher.config.hidden_size)
     print(f"cache     {cfg.output_dir}: {num_tokens:,} labelled tokens to add, about {format_bytes(size)}")

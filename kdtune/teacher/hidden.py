@@ -13,7 +13,7 @@ from kdtune.data import Batch
 from kdtune.distributed import Ranks
 from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair, SparseTargets, Targets
 from kdtune.models import Decoder, from_hf_config, module_names
-from kdtune.teacher_cache import Hidden, TeacherCache
+from kdtune.teacher_cache import read_card
 
 CACHED = "model.norm"  # all that a cache of hidden states has
 
@@ -134,7 +134,7 @@ def _pairs(cfg: Any) -> list[Pair]:
     if cfg.teacher.cache_dir is None:
         teacher = module_names(from_hf_config(cfg.teacher_checkpointer.read_config()))
         return losses.pairs_of(cfg.hidden_loss, student, teacher)
-    kind = TeacherCache(cfg.teacher.cache_dir).card.store.kind
+    kind = read_card(cfg.teacher.cache_dir).store.kind
     if kind != "hidden":
         raise ValueError(
             f"teacher.cache_dir={cfg.teacher.cache_dir} has {kind} of the teacher's distributions, and hidden_loss "
@@ -155,6 +155,6 @@ def _widths(cfg: Any) -> tuple[int, int]:
     student = from_hf_config(cfg.checkpointer.read_config()).hidden_size
     if cfg.teacher.cache_dir is None:
         return student, from_hf_config(cfg.teacher_checkpointer.read_config()).hidden_size
-    cache = TeacherCache(cfg.teacher.cache_dir)
-    found = cache.read(int(cache.ids[0])) if len(cache) else None  # one without answers is refused elsewhere
-    return student, found.hidden.shape[1] if isinstance(found, Hidden) else student
+    hidden = read_card(cfg.teacher.cache_dir).hidden
+    assert hidden is not None  # `_pairs` has seen it
+    return student, hidden["size"]

@@ -19,7 +19,7 @@ from kdtune.teacher.cached import CachedTeacher
 from kdtune.teacher.config import TeacherConfig
 from kdtune.teacher.hidden import check_hidden_loss
 from kdtune.teacher.live import LiveTeacher
-from kdtune.teacher_cache import TOKENIZER, TeacherCache, teacher_fingerprint
+from kdtune.teacher_cache import TOKENIZER, TeacherCache, read_card, teacher_fingerprint
 from kdtune.tokenizers import Tokenizer
 
 Teacher = LiveTeacher | CachedTeacher
@@ -198,7 +198,7 @@ def _check_cached(cfg: Any) -> None:
         raise ValueError(
             "teacher_parallel spreads a model over processes, and with teacher.cache_dir there is none. Leave it out."
         )
-    kind = TeacherCache(cfg.teacher.cache_dir).card.store.kind
+    kind = read_card(cfg.teacher.cache_dir).store.kind
     losses.check_targets(cfg.kd_loss, "whole" if kind == "hidden" else kind)
     if kind == "hidden" and cfg.parallel.tensor > 1:
         raise ValueError(

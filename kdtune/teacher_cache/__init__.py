@@ -15,6 +15,7 @@ from kdtune.teacher_cache.store import (
     TeacherCache,
     Writer,
     open_to_extend,
+    read_card,
     write_head,
     write_tokenizer,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "concatenate",
     "estimate_bytes",
     "open_to_extend",
+    "read_card",
     "take",
     "teacher_fingerprint",
     "write_head",

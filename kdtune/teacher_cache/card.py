@@ -53,7 +53,7 @@ class Card:
         vocab_size: of the teacher.
         teacher: who answered.
         tokenizer: fingerprint of the tokenizer that made the examples.
-        hidden: store.kind=hidden only: `size` of a hidden state, and what the head does beside multiplying.
+        hidden: store.kind=hidden only: `size` of a hidden state.
         entropy_of: what `entropy` is of: the whole distribution, or, where a server tells no more than its likeliest
             tokens, of them and one bucket for all others, which is less.
         datasets: what was answered so far; grows.
@@ -136,23 +136,6 @@ class Card:
             for name in {**ours, **theirs}
             if ours.get(name) != theirs.get(name)
         ]
-
-    def check(self, folder: Path, *, tokenizer: str) -> None:
-        """Refuse a run that cannot learn from this cache.
-
-        Args:
-            folder: of the cache, to name it.
-            tokenizer: the fingerprint of the run's.
-
-        Raises:
-            ValueError: says what differs.
-        """
-        if tokenizer != self.tokenizer:
-            raise ValueError(
-                f"The teacher of {folder} read text through another tokenizer or chat template (fingerprint "
-                f"{self.tokenizer}) than this run does ({tokenizer}): ids of tokens would mean other text. Give the "
-                "tokenizer that the cache was made with, or make the cache again with this one."
-            )
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:

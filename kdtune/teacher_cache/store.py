@@ -146,7 +146,7 @@ class Writer:
         if not path.exists():
             _check_empty(self.folder)
             files.write(path, self.card.to_json().encode(), is_new=True)
-        found = _read_card(self.folder)
+        found = read_card(self.folder)
         _check_same(self.folder, found, self.card)
         both = found.with_datasets(self.card.datasets)
         if both != found:
@@ -172,7 +172,7 @@ class TeacherCache:
             OSError: it cannot be read.
         """
         self.folder = Path(folder)
-        self.card = _read_card(self.folder)
+        self.card = read_card(self.folder)
         self._codec = _codec(self.card)
         self._paths = _shards(self.folder)
         indices = [_open(path, self.card) for path in self._paths]
@@ -203,14 +203,6 @@ class TeacherCache:
         """Which of [n] uint64 ids the cache does not have: indices, ascending; of equal ones the first."""
         found, first = np.unique(np.asarray(ids, np.uint64), return_index=True)
         return np.sort(first[~np.isin(found, self.ids, assume_unique=True)])
-
-    def num_labels(self, example_id: int) -> int:
-        """Labelled tokens of an example, without reading it.
-
-        Raises:
-            KeyError: it is not in the cache.
-        """
-        return int(self._num_tokens[self._place(example_id)])
 
     def read(self, example_id: int) -> Answers:
         """The answers of an example.
@@ -276,6 +268,26 @@ class TeacherCache:
         return place
 
 
+def read_card(folder: str | Path) -> Card:
+    """What a cache is, without a look at its shards.
+
+    Raises:
+        ValueError: it is no cache, or of another version.
+        OSError: it cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        content = (folder / CARD).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{folder} is no teacher cache: it has no {CARD}. Give the folder that cache_teacher_logits wrote."
+        ) from None
+    try:
+        return Card.from_json(content)
+    except ValueError as error:
+        raise ValueError(f"{folder / CARD} cannot be used: {error}. Make the cache again.") from None
+
+
 def open_to_extend(folder: str | Path, card: Card) -> TeacherCache | None:
     """What a folder has, before more is added; None: there is no cache yet.
 
@@ -287,7 +299,7 @@ def open_to_extend(folder: str | Path, card: Card) -> TeacherCache | None:
     if not (folder / CARD).exists():
         _check_empty(folder)
         return None
-    _check_same(folder, _read_card(folder), card)
+    _check_same(folder, read_card(folder), card)
     return TeacherCache(folder)
 
 
@@ -344,19 +356,6 @@ def _check_same(folder: Path, found: Card, card: Card) -> None:
 
 def _codec(card: Card) -> Codec:
     return Codec(card.store, card.vocab_size, card.hidden["size"] if card.hidden else None)
-
-
-def _read_card(folder: Path) -> Card:
-    try:
-        content = (folder / CARD).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder} is no teacher cache: it has no {CARD}. Give the folder that cache_teacher_logits wrote."
-        ) from None
-    try:
-        return Card.from_json(content)
-    except ValueError as error:
-        raise ValueError(f"{folder / CARD} cannot be used: {error}. Make the cache again.") from None
 
 
 def _shards(folder: Path) -> list[Path]:

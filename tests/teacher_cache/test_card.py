@@ -77,12 +77,6 @@ def test_data_sets_are_added_once() -> None:
     assert both.with_datasets((new,)) == both
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    CARD.check(tmp_path, tokenizer="4567")
-    with pytest.raises(ValueError, match=r"another tokenizer or chat template .*4567.*89ab"):
-        CARD.check(tmp_path, tokenizer="89ab")
-
-
 def test_fingerprint_of_a_teacher_is_of_its_content(tmp_path: Path) -> None:
     folder, copy = tmp_path / "teacher", tmp_path / "elsewhere"
     folder.mkdir()
