@@ -17,6 +17,7 @@ COMMANDS = {
     "cat": "print a recipe or a config",
     "validate": "check a config against its recipe's settings",
     "convert-config": "bring a config of torchtune's or Model Optimizer's",
+    "sweep": "run a recipe with every combination of some values",
     "plan": "say what memory and time a run would take",
     "data": "look at what a run would train on",
     "compare": "say whether models are better than a baseline",
