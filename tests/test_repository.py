@@ -291,6 +291,8 @@ PLANNED = ("--budget", "--nproc-per-node", "--nnodes")
 def try_command(words: list[str]) -> None:
     """What the command does, but for a run, a plan and a look at data, of which the settings are validated."""
     command, *rest = words
+    if command == "sweep":
+        words = [*words, "--dry-run"]
     if command in ("run", "data", "plan"):
         options = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
         for option in {"run": ("--dry-run",), "data": ("--val",), "plan": ("--json",)}[command]:
