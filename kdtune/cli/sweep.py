@@ -331,8 +331,9 @@ def _combinations(axes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, dict
     taken: set[str] = set()
     for values in itertools.product(*axes.values()):
         named = dict(zip(axes, values, strict=True))
-        name = ",".join(f"{labels[key]}={_UNFIT.sub('_', value).strip('_')}" for key, value in named.items())
-        name = name[-120:].lstrip(".,_")  # file systems end at 255 bytes; the end of a path says more than its start
+        # The end of a path says more than its start. File systems end names at 255 bytes.
+        texts = {key: _UNFIT.sub("_", value)[-40:].strip("_") for key, value in named.items()}
+        name = ",".join(f"{labels[key]}={text}" for key, text in texts.items())[:200]
         if name in taken:
             name = f"{name},{len(taken)}"
         taken.add(name)
