@@ -32,6 +32,7 @@ import math
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -53,18 +54,18 @@ QUICKSTART = Path(kdtune.__file__).parent / "assets" / "quickstart"
 Arrays = dict[str, np.ndarray]
 
 
-class Format:
+class Format(ABC):
     """One way to keep a teacher's answers in a folder."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def write(self, folder: Path, examples: list[Arrays]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, folder: Path, examples: list[Arrays]) -> None: ...
 
+    @abstractmethod
     def read(self, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
         """Ids and log-probabilities [t, k] of examples; None: of another kind."""
-        raise NotImplementedError
 
 
 class Ours(Format):

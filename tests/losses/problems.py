@@ -76,6 +76,16 @@ def kd_and_grad(student, teacher, **settings):
     return loss.kd, torch.autograd.grad(loss.total, student)[0]
 
 
+def assert_padding_gets_nothing(found, expected):
+    """Of float32: loss and gradient are those of the vocabulary alone, and the entries behind it have no gradient."""
+    (kd, grad), (expected_kd, expected_grad) = found, expected
+    size = expected_grad.shape[-1]
+    torch.testing.assert_close(kd.double(), expected_kd, rtol=1e-5, atol=0)
+    assert (grad[:, :size] - expected_grad).norm() < 1e-5 * expected_grad.norm()
+    assert grad.shape[-1] > size
+    assert grad[:, size:].abs().max() == 0
+
+
 def identity(logits):
     """A head that passes logits on."""
     head = nn.Linear(logits.shape[-1], logits.shape[-1], bias=False, dtype=logits.dtype)
