@@ -141,6 +141,7 @@ def measured(call: Callable[[], None], num_tokens: int) -> Callable[[], Answer]:
 
 
 PAIR = "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1}]"
+BLOCKS = "hidden_loss.pairs=[{student: 'model.layers.{0..1}', teacher: 'model.layers.{1..3..2}'}]"
 VARIANTS = {
     "finetune": Variant("finetune", steps("finetune")),
     "live": Variant("live", steps("knowledge_distillation", "kd_ratio=1", TEACHER)),
@@ -148,6 +149,10 @@ VARIANTS = {
     "projected": Variant(
         "live, a projected pair",
         steps("knowledge_distillation", "kd_ratio=1", TEACHER, PAIR, "hidden_loss.projection=shared"),
+    ),
+    "layerwise": Variant(
+        "live, layer by layer",
+        steps("knowledge_distillation", "kd_ratio=1", TEACHER, BLOCKS, "hidden_loss.inputs=teacher"),
     ),
     **{
         name: Variant(f"cached, {title}", steps("knowledge_distillation", "kd_ratio=1", cache=name))
