@@ -77,7 +77,7 @@ class Run:
         name: of its folder, and of its log in `logs`.
         values: of each axis, as they were given.
         overrides: all that `kdtune run` gets but output_dir.
-        settings: a hash of the resolved settings, by which a finished run is known to be of this combination.
+        config: a hash of the config's text; with `overrides` it tells a run of other settings.
         state: `done` and `failed` are final until the sweep is called again.
         seconds: that it took.
     """
@@ -85,7 +85,7 @@ class Run:
     name: str
     values: dict[str, str]
     overrides: list[str]
-    settings: str
+    config: str
     state: str = "waiting"
     seconds: float | None = None
 
@@ -139,7 +139,7 @@ class Sweep:
             before = earlier.pop(run.name, None)
             if before is None or not before.is_done:
                 continue
-            if before.settings != run.settings:
+            if (before.overrides, before.config) != (run.overrides, run.config):
                 raise ValueError(
                     f"{self.folder / run.name} is there from a run with other settings: its result would stand in the "
                     f"table beside those of these settings. Take another output_dir, or delete {self.folder}."
@@ -273,13 +273,14 @@ def _plan(module: Any, call: recipe.Call, axes: Mapping[str, Sequence[str]], fix
         )
     if "output_dir" in axes:
         raise ValueError("output_dir is the folder of the whole sweep: give one, each run gets a folder in it.")
+    text = hashlib.blake2b(call.config.read_bytes() if call.config else b"", digest_size=8).hexdigest()
     runs, folder = [], Path()
     for name, values in _combinations(axes):
         overrides = [f"{key}={value}" for key, value in [*fixed, *values.items()]]
         cfg = recipe.settings(module, dataclasses.replace(call, overrides=overrides))
         folder = Path(cfg.output_dir)
         overrides = [override for override in overrides if not override.startswith("output_dir=")]
-        runs.append(Run(name, values, overrides, _digest(cfg)))
+        runs.append(Run(name, values, overrides, text))
     sweep = Sweep(
         *(folder, call.name, (call.options.config or [None])[0], list(axes), runs),
         resumes="resume_from_checkpoint" in fields,
@@ -345,14 +346,6 @@ def _places(call: recipe.Call) -> list[str | None]:
     if devices and jobs:
         raise ValueError("--devices runs one at a time on each of them, which is as many as --jobs says: give one.")
     return devices or [None] * (jobs or 1)
-
-
-def _digest(cfg: Any) -> str:
-    """Of the settings, but for where the run goes."""
-    from kdtune import config
-
-    lines = config.to_yaml(dataclasses.replace(cfg, output_dir="")).encode()
-    return hashlib.blake2b(lines, digest_size=8).hexdigest()
 
 
 def _at_least_one(text: str) -> int:
