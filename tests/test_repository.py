@@ -71,8 +71,8 @@ MAY_IMPORT = {
     "reporting": {"evaluation", "printable"},  # of evaluation what needs no torch
     "conversion": set[str](),
     "cli": {
-        *("cli", "config", "conversion", "data", "evaluation", "launching", "memory", "planning", "printable"),
-        "reporting",
+        *("cli", "config", "conversion", "data", "evaluation", "files", "launching", "memory", "planning"),
+        *("printable", "reporting"),
     },
     "launching": {"distributed"},
 }

@@ -17,13 +17,11 @@ def main(argv: Sequence[str]) -> None:
     output = given.output.expanduser()
     _check_output(output)
 
+    from kdtune import files
     from kdtune.reporting import material, page
 
     text = page.render(material.read([folder.expanduser() for folder in given.folders]))
-    # Aside and renamed: a browser that has it open never sees a part.
-    aside = output.with_name(f".{output.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(output)
+    files.write(output, text.encode())
     print(f"The report is in {output}. Open it in a browser: {output.absolute().as_uri()}")
 
 

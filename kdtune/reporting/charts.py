@@ -109,6 +109,31 @@ def draw(chart: Chart) -> Markup:
     return element("figure", caption, svg, class_="chart small" if chart.small else "chart")
 
 
+@dataclass(frozen=True)
+class Interval:
+    """What is likely for a difference."""
+
+    low: float
+    high: float
+    middle: float
+    look: int | None  # None: neither side is the good one
+
+
+def intervals(several: Sequence[Interval]) -> Markup:
+    """Bars with a dot, one below the other, on both sides of zero; all to the same scale."""
+    width, row = 180, 11
+    reach = max(max(abs(one.low), abs(one.high)) for one in several) or 1.0
+    x = _Scale(-reach, reach, 6, width - 6)
+    height = row * len(several) + 5
+    parts = [_path([(x(0), 0), (x(0), height)], "zero")]
+    for i, one in enumerate(several):
+        y = row * (i + 0.5) + 2.5
+        bar = _path([(x(one.low), y), (x(one.high), y)], "bar")
+        dot = element("circle", cx=_px(x(one.middle)), cy=_px(y), r=3)
+        parts.append(element("g", bar, dot, class_="grey" if one.look is None else _classes(one.look)))
+    return element("svg", *parts, class_="intervals", viewBox=f"0 0 {width} {height}", aria_hidden="true")
+
+
 def describe(chart: Chart) -> str:
     """What a chart shows, in words."""
     said = []

@@ -13,10 +13,15 @@ from kdtune.reporting.runs import Group, Run, differences
 _BEST = {"lower": min, "higher": max}
 
 
-def sentences(groups: Sequence[Group]) -> list[Markup]:
-    """The main facts, the most important first."""
+def sentences(groups: Sequence[Group], brief: bool = False) -> list[Markup]:
+    """The main facts, the most important first.
+
+    Args:
+        groups: of runs.
+        brief: of the validation the cross-entropy alone, since evaluations tell more.
+    """
     runs = [run for group in groups for run in group.runs]
-    measured = [one for one in logged(VALIDATION, runs) if one.better]
+    measured = [one for one in logged(VALIDATION, runs) if one.better][: 1 if brief else None]
     if not measured:
         return [
             Markup("No run was validated: only losses on the rows they were trained on are known. Set dataset_val.")

@@ -33,15 +33,14 @@ def element(tag: str, *inner: object, **attributes: object) -> Markup:
     return Markup(f"<{tag}{given}>{''.join(map(escape, inner))}</{tag}>")
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], class_: str | None = None) -> Markup:
     """A table that scrolls where it is wider than the page; the first cell of a row is its heading."""
     cells = Markup("".join(element("th", name, scope="col") for name in head))
     body = "\n".join(
         element("tr", element("th", name, scope="row"), *(element("td", cell) for cell in line)) for name, *line in rows
     )
-    return Markup(
-        f'<div class="wide"><table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n'
-    )
+    inner = Markup(f"\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody>\n")
+    return Markup(f'<div class="wide">{element("table", inner, class_=class_)}</div>\n')
 
 
 def page(title: str, body: str, *, style: str = "", script: str = "") -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,12 @@ def read(folders: Sequence[Path]) -> Material:
     warnings: list[str] = []
     for folder in folders:
         _check(folder)
-        if (folder / SWEEP).is_file():
-            for run, variant in _sweep(folder, warnings):
-                runs.setdefault(run.resolve(), variant)
-        elif (folder / METRICS).is_file():
-            runs.setdefault(folder.resolve(), None)
-        if (folder / results.MAIN).is_file():
-            evaluations.setdefault(folder.resolve())
+        members = _sweep(folder, warnings) if (folder / SWEEP).is_file() else [(folder, None)]
+        for member, variant in members:
+            if (member / METRICS).is_file():
+                runs.setdefault(member.resolve(), variant)
+            if (member / results.MAIN).is_file():
+                evaluations.setdefault(member.resolve())
     if len(runs) > MOST_RUNS:
         raise ValueError(f"These are {len(runs):,} runs; a chart of more than {MOST_RUNS} shows nothing. Give fewer.")
     run_names, evaluation_names = _names(list(runs)), _names(list(evaluations))
@@ -76,10 +75,10 @@ def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Give the folder that it is in: the output_dir of {kinds}.")
     names = (METRICS, results.MAIN, SWEEP)
-    if any((folder / name).is_file() for name in names):
+    if _has(folder, *names):
         return
     inside = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
-    if any((folder.parent / name).is_file() for name in names):
+    if _has(folder.parent, *names):
         hint = f"Its parent is one: kdtune report {folder.parent}"
     elif inside:
         hint = f"There are some in it: kdtune report {folder}/*" if len(inside) > 1 else f"Meant is {inside[0]}?"
@@ -90,12 +89,13 @@ def _check(folder: Path) -> None:
     raise ValueError(f"{folder} is not {kinds}. {hint}")
 
 
-def _sweep(folder: Path, warnings: list[str]) -> Iterator[tuple[Path, str]]:
+def _sweep(folder: Path, warnings: list[str]) -> list[tuple[Path, str | None]]:
     """Folders of the runs that have begun, and their variants."""
     path = folder / SWEEP
     try:
         sweep = json.loads(path.read_text(encoding="utf-8"))
-        version, listed = sweep["kdtune_sweep"], [_listed(folder, run) for run in sweep["runs"]]
+        version = sweep["kdtune_sweep"]
+        listed = [(folder / run["name"], _variant(run["values"]), run.get("state")) for run in sweep["runs"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what kdtune sweep writes: {error!r}. Was it edited or cut short?") from None
     if version != SWEEP_VERSION:
@@ -103,20 +103,23 @@ def _sweep(folder: Path, warnings: list[str]) -> Iterator[tuple[Path, str]]:
             f"{path} is of version {version!r}, and this kdtune reads {SWEEP_VERSION}. Make the report with the kdtune "
             "that ran the sweep, or give the folders of its runs one by one."
         )
-    begun = [(run, variant) for run, variant in listed if (run / METRICS).is_file()]
+    begun = [(run, variant) for run, variant, _ in listed if _has(run, METRICS, results.MAIN)]
     if not begun:
         raise ValueError(f"{folder}: none of the {len(listed)} runs of this sweep has begun. Report it later.")
-    if len(begun) < len(listed):
-        missing = ", ".join(run.name for run, _ in listed if not (run / METRICS).is_file())
-        warnings.append(f"{folder.name}: {len(listed) - len(begun)} of {len(listed)} runs have not begun: {missing}")
-    yield from begun
+    if missing := [run.name for run, _, _ in listed if not _has(run, METRICS, results.MAIN)]:
+        warnings.append(f"{folder.name}: {len(missing)} of {len(listed)} runs have not begun: {', '.join(missing)}")
+    if failed := [run.name for run, _, state in listed if state == "failed"]:
+        warnings.append(f"{folder.name}: {len(failed)} of {len(listed)} runs failed: {', '.join(failed)}")
+    return begun
 
 
-def _listed(folder: Path, run: Any) -> tuple[Path, str]:
-    """A run is beside its sweep.json, wherever the sweep was moved to."""
-    named = Path(run["folder"])
-    beside = folder / named.name
-    return beside if beside.is_dir() else folder / named, str(run["variant"])
+def _variant(values: Mapping[str, Any]) -> str | None:
+    """All that a run has in common with those of other seeds."""
+    return ", ".join(f"{key}={value}" for key, value in values.items() if key != "seed") or None
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:

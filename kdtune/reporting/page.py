@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import kdtune
-from kdtune.reporting import curves, evaluated, findings, quantities
+from kdtune.reporting import curves, evaluated, findings, quantities, sizes
 from kdtune.reporting.charts import Chart, Line, draw, swatch
 from kdtune.reporting.markup import Markup, element, escape, page, table
 from kdtune.reporting.material import Material
@@ -26,19 +26,25 @@ def render(material: Material) -> str:
     if runs:
         sections.append(("runs", "Runs", _runs(found)))
         sections.append(("curves", "Curves", _curves(found)))
-    sections += evaluated.sections(material.evaluations)
+    compared = evaluated.compare(material.evaluations, found) if material.evaluations else None
+    if compared is not None:
+        sections += evaluated.sections(compared)
     if runs:
         sections.append(("models", "Models", _models(runs)))
         sections.append(("settings", "Settings", "".join(_settings(found))))
     title = _title(material)
-    notes = [*material.warnings, *findings.warnings(runs)]
+    notes = [*material.warnings, *(compared.warnings if compared else []), *findings.warnings(runs)]
+    facts = [
+        *(evaluated.sentences(compared) if compared else []),
+        *(findings.sentences(found, brief=compared is not None) if found else []),
+    ]
     links = Markup(" ".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections))
     body = [
         f"<header><h1>{escape(title)}</h1>\n",
         element("p", f"kdtune {kdtune.__version__} report of {_count(material)}", class_="about"),
         element("nav", links, aria_label="Sections") if len(sections) > 2 else "",
         "</header>\n<main>\n",
-        _facts(found, material),
+        element("ul", *(element("li", line) for line in facts), class_="facts"),
         *(element("p", note, class_="warning") + "\n" for note in notes),
         *(f'<section id="{name}">\n<h2>{escape(heading)}</h2>\n{text}</section>\n' for name, heading, text in sections),
         "</main>\n",
@@ -57,11 +63,6 @@ def _title(material: Material) -> str:
 def _count(material: Material) -> str:
     counts = ((len(material.runs), "run"), (len(material.evaluations), "evaluation"))
     return " and ".join(f"{count:,} {what}{'s' * (count > 1)}" for count, what in counts if count)
-
-
-def _facts(found: Sequence[Group], material: Material) -> Markup:
-    said = [*evaluated.sentences(material.evaluations), *(findings.sentences(found) if found else [])]
-    return element("ul", *(element("li", line) for line in said), class_="facts")
 
 
 # Runs.
@@ -213,7 +214,7 @@ def _model_row(role: str, model: Model, names: Sequence[str]) -> list[object]:
     name = names[0] if len(set(names)) == 1 else f"{len(names)} alike"
     return [
         Markup(f"{role} {element('small', name)}"),
-        _millions(model.parameters),
+        "-" if model.parameters is None else sizes.count(model.parameters),
         _or_dash(model.layers),
         _or_dash(model.width),
         model.heads or "-",
@@ -222,12 +223,6 @@ def _model_row(role: str, model: Model, names: Sequence[str]) -> list[object]:
         _bytes(model.num_bytes),
         model.note,
     ]
-
-
-def _millions(parameters: int | None) -> str:
-    if parameters is None:
-        return "-"
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def _bytes(size: int | None) -> str:

@@ -23,6 +23,12 @@ class Model:
     note: str = ""
 
 
+def count(parameters: int) -> str:
+    """In thousands, millions or billions."""
+    size, unit = next(pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, "")) if parameters >= pair[0])
+    return f"{parameters / size:.{2 if unit == 'B' else 1}f} {unit}" if size else str(parameters)
+
+
 def of_student(folder: Path, settings: Mapping[str, Any]) -> Model | None:
     """What the run wrote, or else what it started from."""
     if (folder / "model" / "config.json").is_file():

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from kdtune.evaluation import estimates
+from kdtune.evaluation.results import Evaluation, Example, Metric, Model, Result, Sample, TokenExample, write
 from kdtune.reporting import material, page
 
 VOID = {"meta", "br", "hr", "input", "link", "img"}
@@ -67,9 +69,33 @@ def write_sweep(folder: Path, variants: Mapping[str, float], seeds: Sequence[int
             name = f"{variant}-seed{seed}"
             moved = better + 0.01 * seed + 0.001 * seed * number
             write_run(folder / name, better=moved, seed=seed, kd_ratio=float(number))
-            listed.append({"name": name, "folder": name, "variant": variant, "seed": seed, "overrides": []})
-    sweep = {"kdtune_sweep": 1, "recipe": "knowledge_distillation", "config": None, "runs": listed}
+            values = {"kd_loss.name": variant, "seed": str(seed)}
+            listed.append({"name": name, "values": values, "overrides": [], "settings": "", "state": "done"})
+    sweep = {"kdtune_sweep": 1, "recipe": "knowledge_distillation", "axes": ["kd_loss.name", "seed"], "runs": listed}
     (folder / "sweep.json").write_text(json.dumps(sweep))
+    return folder
+
+
+def write_evaluation(folder: Path, *, better: float = 0.0, count: int = 40, name: str = "runs/a/model") -> Path:
+    """Of made-up examples whose cross-entropy is `better` lower, each in tenths of it or more; 0 differs in nothing."""
+    folder.mkdir(parents=True)
+    examples = [
+        Example("text", f"{i:016x}", None, 10, 40, {"ce": 20 + i % 7 - better * (10 + i % 3), "kl_from_teacher": 4.0})
+        for i in range(count)
+    ]
+    examples += [Example("quiz", f"{i:016x}", values={"acc": float(i % 3 == 0)}) for i in range(count)]
+    model = Model(name, 32, 8, 2, 4, "fp32", None, "ab")
+    found = [
+        *estimates.results("text", examples[:count]),
+        Result("quiz", None, count, 0, {"acc": Metric(0.35, 0.07, "share", "higher")}),
+    ]
+    samples = [Sample("Once\nupon", " a <b>time", " a while"), Sample("Why?", " Because.", None)]
+    tokens = [
+        TokenExample(
+            "0", "Q: ", ["Hi", "\n", "<b>"], [0.1, None, 2.0], [0.01, None, 3.0], ["Hi", None, "x"], ["Ho", None, "y"]
+        )
+    ]
+    write(folder, Evaluation(model, model, "tok", found, samples, 1.0, 2.0), examples, tokens)
     return folder
 
 

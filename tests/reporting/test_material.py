@@ -82,7 +82,10 @@ def test_a_sweep_is_its_runs(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", {"a": 0.0, "b": 0.1})
     read = material.read([folder, folder / "a-seed0"])
     assert len(read.runs) == 6
-    assert [(group.name, len(group.runs)) for group in runs.groups(read.runs)] == [("a", 3), ("b", 3)]
+    assert [(group.name, len(group.runs)) for group in runs.groups(read.runs)] == [
+        ("kd_loss.name=a", 3),
+        ("kd_loss.name=b", 3),
+    ]
     (folder / "b-seed2" / "metrics.jsonl").unlink()
     read = material.read([folder])
     assert len(read.runs) == 5
@@ -140,5 +143,5 @@ def test_broken_settings_and_sweeps(tmp_path: Path) -> None:
     assert "is of version 2, and this kdtune reads 1" in refused(sweep)
     (sweep / "sweep.json").write_text('{"kdtune_sweep": 1}')
     assert "is not what kdtune sweep writes" in refused(sweep)
-    (sweep / "sweep.json").write_text('{"kdtune_sweep": 1, "runs": [{"folder": "x", "variant": "x"}]}')
+    (sweep / "sweep.json").write_text('{"kdtune_sweep": 1, "runs": [{"name": "x", "values": {}}]}')
     assert "none of the 1 runs of this sweep has begun" in refused(sweep)

@@ -5,7 +5,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from .folders import Page, render, write_run, write_sweep
+from kdtune.evaluation import comparing
+
+from .folders import Page, render, write_evaluation, write_run, write_sweep
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m\u202e\"'&<b>"
 
@@ -60,7 +62,10 @@ def test_validation_on_different_rows_is_not_compared(tmp_path: Path) -> None:
 def test_a_page_of_a_sweep(tmp_path: Path) -> None:
     page = check(render(write_sweep(tmp_path / "sweep", {"plain": 0.0, "better": 0.1})))
     # The seeds add 0, 0.01 and 0.02 to both, and to `better` another 0, 0.001 and 0.002.
-    assert "better, 1.889 ± 0.006 nats per token: 0.101 [0.099, 0.103] below plain (next)." in page.text
+    assert (
+        "kd_loss.name=better, 1.889 ± 0.006 nats per token: 0.101 [0.099, 0.103] below kd_loss.name=plain (next)."
+        in page.text
+    )
     assert "95% intervals of the difference between runs with the same seed" in page.text
     assert "the band from their lowest to their highest" in page.text
 
@@ -71,6 +76,43 @@ def test_differences_within_chance_are_called_so(tmp_path: Path) -> None:
         write_run(tmp_path / f"b{seed}", seed=seed, better=better)
     page = check(render(*sorted(tmp_path.iterdir())))
     assert "0.017 [-0.242, 0.275], not to be told from chance with 3 seeds, below kd_ratio=0 (next)" in page.text
+
+
+def test_a_page_of_an_evaluation(tmp_path: Path) -> None:
+    text = render(write_evaluation(tmp_path / "one"))
+    page = check(text)
+    assert "On 40 examples of held-out text: cross-entropy 2.288 ± 0.031 nats/token, KL to the teacher 0.4" in page.text
+    assert "On 40 examples of quiz: acc 35.0 ± 7.0%." in page.text
+    assert "upon" in page.text
+    assert " a <b>time" in page.text
+    assert '<span class="token k5" title="“&lt;b&gt;”: teacher says “y”, student says “x”, KL 3.000' in text
+    assert '<span class="token">↵\n</span>' in text
+    assert "Differences" not in page.text
+
+
+def test_a_page_of_several_evaluations(tmp_path: Path) -> None:
+    folders = [write_evaluation(tmp_path / f"eval{i}", better=i / 10, name=f"runs/r{i}/model") for i in (0, 1)]
+    run = write_run(tmp_path / "runs" / "r1")
+    text = render(*folders, run)
+    page = check(text)
+    (difference,) = [one for one in comparing.compare(*folders).differences if one.metric == "ce"]
+    assert difference.verdict == "better"
+    interval = f"[{-difference.high:.4f}, {-difference.low:.4f}]"
+    assert f"is that of eval1, 2.178 ± 0.032 nats/token, 0.1098 {interval} below eval0." in page.text
+    assert "What another seed of training would change is not in them" in page.text
+    names = re.findall(r'class="swatch (c\d)".*?</svg> (\w+)</th>', text)
+    assert ("c0", "eval1") in names, "the colour of the run that it is of"
+    assert ("c1", "eval0") in names
+    assert page.tags.count("circle") == 3, "ce, perplexity and bits_per_byte: what differs in nothing has no interval"
+    assert "On quiz, acc is the same in all: 35.0 ± 7.0%." in page.text
+
+
+def test_evaluations_that_cannot_be_compared(tmp_path: Path) -> None:
+    folders = [write_evaluation(tmp_path / f"eval{count}", count=count) for count in (30, 40)]
+    page = check(render(*folders))
+    assert "eval40 cannot be compared with eval30: " in page.text
+    assert "Only results of the same examples can be compared" in page.text
+    assert "Differences from" not in page.text
 
 
 def test_hostile_names_and_settings(tmp_path: Path) -> None:
