@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_runs import distil
 
 from kdtune.cli.main import main
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 RANGES = "hidden_loss.pairs=[{student: 'model.layers.{0..1}', teacher: 'model.layers.{0..2..2}'}]"
 NORM = "hidden_loss.pairs=[{student: model.norm, teacher: model.norm}]"
 CONSTANT = ["lr_scheduler.name=constant", "lr_scheduler.num_warmup_steps=0"]  # whatever the last step
@@ -70,6 +72,9 @@ def test_balance(pair: Path, tmp_path: Path) -> None:
         ["enable_activation_checkpointing=true"],
         ["enable_activation_checkpointing=true", "activation_checkpointing_mode=selective"],
         ["loss_chunk_size=7"],
+        pytest.param(
+            ["compile=true", "enable_activation_checkpointing=true"], marks=[pytest.mark.slow, needs_compiler]
+        ),
     ],
     ids=" ".join,
 )
