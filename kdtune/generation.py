@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Collection[int] = (),
+    ends: Callable[[list[int]], bool] | None = None,
     seed: int = 0,
-    first_row: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until one of `stop_ids` or `max_new_tokens`.
+    """Continue each prompt until one of `stop_ids`, until it `ends`, or to `max_new_tokens`.
 
-    A row's continuation depends on its own prompt alone, and when sampling on `seed` and its index: rows are padded on
+    A row's continuation depends on its own prompt alone, and when sampling on `seed` and its number: rows are padded on
     the right, and each has its own random numbers.
 
     Args:
@@ -40,11 +41,12 @@ def generate(
         top_p: sample among the fewest likeliest tokens whose probabilities add up to this (nucleus sampling, Holtzman
             et al. 2019), after `temperature` and `top_k`. None: all.
         stop_ids: tokens that end a row.
+        ends: whether the new tokens of a row, of which the last has just come, are all of it.
         seed: of the sampling, >= 0.
-        first_row: index of the first prompt, where prompts come in several calls.
+        rows: numbers of the prompts, >= 0, by which they have their random numbers; None: counted from 0.
 
     Returns:
-        The new tokens of each row; a stop token, if one came, is the last of them.
+        The new tokens of each row; the last is that which ended it, if one did.
 
     Raises:
         ValueError: an empty prompt, or a setting out of range.
@@ -58,7 +60,7 @@ def generate(
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     cache = KVCache(longest + max_new_tokens - 1)
     # Not seed + row: the second row of one seed would be the first of the next.
-    generators = [np.random.default_rng([seed, first_row + row]) for row in range(len(prompts))]
+    generators = [np.random.default_rng([seed, row]) for row in (range(len(prompts)) if rows is None else rows)]
     stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
 
     # Marking the padding costs the fast causal attention, and only dynamic rope looks at the length of a row.
@@ -69,6 +71,7 @@ def generate(
     hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [b, d], the last of each prompt
 
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
+    sizes: list[int | None] = [None] * len(prompts)  # of rows that have ended
     steps = []  # of [b]
     for position in range(max_new_tokens):
         logits = model.head(hidden).float()  # [b, v]
@@ -79,11 +82,16 @@ def generate(
             chosen = sample(logits / temperature, draws.to(logits.device), top_k=top_k, top_p=top_p)
         steps.append(chosen)
         stopped |= torch.isin(chosen, stops)
-        if position == max_new_tokens - 1 or (stop_ids and bool(stopped.all())):
+        if ends is not None:
+            for row, tokens_of_row in enumerate(torch.stack(steps, dim=1).tolist()):
+                if sizes[row] is None and ends(tokens_of_row):
+                    sizes[row] = len(tokens_of_row)
+            stopped |= torch.tensor([size is not None for size in sizes], device=device)
+        if position == max_new_tokens - 1 or ((stop_ids or ends) and bool(stopped.all())):
             break
         hidden = model.hidden(chosen[:, None], positions=(lengths + position)[:, None], cache=cache)[:, 0]  # [b, d]
-    rows = torch.stack(steps, dim=1).tolist()
-    return [_until_stop(row, stop_ids) for row in rows]
+    of_all = torch.stack(steps, dim=1).tolist()
+    return [_until_stop(row[:size], stop_ids) for row, size in zip(of_all, sizes, strict=True)]
 
 
 def sample(logits: Tensor, draws: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -150,10 +150,10 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
     )
 
 
-def token_bar(total: int) -> tqdm:
-    """A bar over tokens: done, left, tokens/s, time left."""
+def token_bar(total: int, unit: str = " tokens") -> tqdm:
+    """A bar over tokens, or other things: done, left, tokens/s, time left."""
     interval = 0.1 if sys.stdout.isatty() else 30.0
-    return tqdm(total=total, mininterval=interval, dynamic_ncols=True, file=sys.stdout, unit=" tokens", unit_scale=True)
+    return tqdm(total=total, mininterval=interval, dynamic_ncols=True, file=sys.stdout, unit=unit, unit_scale=True)
 
 
 def closing_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:

@@ -6,8 +6,8 @@
     kdtune compare runs/llama_evaluation runs/baseline_evaluation
 
 Held-out text (`dataset`): cross-entropy, perplexity, bits per byte, accuracy, entropy, calibration; with a teacher both
-KL divergences and agreement. Every number has a standard error over examples. What each example adds is written, too,
-so that `kdtune compare` can say of two models which is better.
+KL divergences and agreement. Tasks of lm-evaluation-harness (`tasks`). Every number has a standard error over examples.
+What each example adds is written, too, so that `kdtune compare` can say of two models which is better.
 """
 
 import time
@@ -19,6 +19,7 @@ import torch
 from kdtune import checkpoint, config, data, devices, distributed, generation, metrics, models, preflight, tokenizers
 from kdtune.config import MISSING, setting
 from kdtune.evaluation import estimates, results, text
+from kdtune.evaluation.tasks import Tasks, TasksConfig, check_tasks, run_tasks, write_samples
 from kdtune.teacher import (
     FoundTeacher,
     LiveTeacher,
@@ -43,6 +44,7 @@ class Config:
     dataset: data.DatasetConfig | None = None  # held-out text; null: none
     batch_size: int = setting(16, gt=0)  # rows, or prompts, that go through a model together
     num_token_examples: int = setting(8, ge=0)  # first examples of dataset that are written token by token
+    tasks: TasksConfig | None = None  # tasks of lm-evaluation-harness; null: none
     sample_prompts: list[str] = setting([])  # texts that teacher and model continue greedily
     sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
 
@@ -88,6 +90,13 @@ def main(cfg: Config) -> None:
         examples += text_examples
         if inputs.teacher is not None:
             print(f"teacher: {inputs.teacher.judge(found[0].metrics['teacher_ce'].value)}")
+    answered = None
+    if inputs.tasks is not None:
+        with work:
+            answered = run_tasks(inputs.tasks, model, inputs.tokenizer, ranks)
+        found += answered.results
+        examples += answered.examples
+        work.num_tokens += answered.num_tokens
     samples = continue_prompts(cfg, inputs, model, teacher)
 
     evaluation = results.Evaluation(
@@ -103,6 +112,8 @@ def main(cfg: Config) -> None:
         output_dir = Path(cfg.output_dir)
         checkpoint.begin(output_dir)
         checkpoint.record(output_dir, config.to_yaml(cfg), recipe=Path(__file__))
+        if answered is not None:
+            write_samples(output_dir, answered)
         results.write(output_dir, evaluation, examples, tokens)
     for sample in samples:
         print(f"\nprompt:   {sample.prompt}")
@@ -181,6 +192,7 @@ class Inputs:
     tokenizer: tokenizers.Tokenizer
     examples: data.Examples | data.Blend | None  # the held-out text
     batches: dict[str, data.ValBatches]  # of each of its sources; empty without
+    tasks: Tasks | None  # of lm-evaluation-harness
 
 
 def check(cfg: Config) -> Inputs:
@@ -224,6 +236,7 @@ def check(cfg: Config) -> Inputs:
         preflight.check_sequence_length(max_seq_len, "tokenizer.max_seq_len", model, "model")
         examples = data.load(cfg.dataset, tokenizer, max_seq_len, vocab_size=vocab_size)
         batches = data.batches_by_source(examples, cfg.dataset, cfg.batch_size, ranks.share)
+    tasks = None if cfg.tasks is None else check_tasks(cfg.tasks, tokenizer, model)
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, one in (("model", model), ("teacher", None if teacher is None else teacher.config)):
         if one is not None:
@@ -234,6 +247,8 @@ def check(cfg: Config) -> Inputs:
         print(f"teacher   {teacher}")
     if examples is not None:
         print(f"data      {examples.summary()}")
+    if tasks is not None:
+        print(f"tasks     {tasks.describe()}")
     print(f"run       {cfg.dtype} on {ranks.describe()}, into {cfg.output_dir}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
@@ -244,6 +259,7 @@ def check(cfg: Config) -> Inputs:
         tokenizer=tokenizer,
         examples=examples,
         batches=batches,
+        tasks=tasks,
     )
 
 
@@ -253,8 +269,11 @@ def check_settings(cfg: Config) -> None:
     Raises:
         ValueError: which settings, why and what to do.
     """
-    if cfg.dataset is None:
-        raise ValueError("Nothing is to be measured: give dataset.source=<file or folder of held-out text>.")
+    if cfg.dataset is None and cfg.tasks is None:
+        raise ValueError(
+            "Nothing is to be measured. Give dataset.source=<file or folder of held-out text>, or tasks.names=[<tasks "
+            "of lm-evaluation-harness>]."
+        )
     for name in ("cache_dir", "compare_quantization"):
         if value := getattr(cfg.teacher, name):
             raise ValueError(f"teacher.{name}={value} is for training; here the teacher is asked. Leave it out.")

@@ -71,7 +71,7 @@ def main(cfg: Config) -> None:
             top_p=cfg.top_p,
             stop_ids=inputs.tokenizer.eos_ids,
             seed=cfg.seed,
-            first_row=first,  # each row has its own random numbers, whatever the batch size
+            rows=range(first, first + len(rows)),  # each has its own random numbers, whatever the batch size
         )
         found = dict(ranks.gather((first, new_tokens)))  # those that hold a model together found the same
         for tokens in chain(*(found[first] for first in sorted(found))):

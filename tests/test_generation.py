@@ -34,7 +34,7 @@ def test_greedy_equals_transformers(variant: str, oracle: Callable[..., Any], hf
 def test_sampled_rows_do_not_depend_on_neighbours(model: Decoder) -> None:
     settings = {"max_new_tokens": 15, "temperature": 1.0, "top_k": 40, "top_p": 0.95}
     together = generate(model, PROMPTS, seed=5, **settings)
-    alone = [generate(model, [prompt], seed=5, first_row=row, **settings)[0] for row, prompt in enumerate(PROMPTS)]
+    alone = [generate(model, [prompt], seed=5, rows=[row], **settings)[0] for row, prompt in enumerate(PROMPTS)]
     assert together == alone
     assert together == generate(model, PROMPTS, seed=5, **settings)
     assert together != generate(model, PROMPTS, seed=6, **settings)
@@ -46,7 +46,7 @@ def test_rows_of_one_seed_are_not_those_of_the_next(model: Decoder) -> None:
     zero, one = (generate(model, prompts, seed=seed, **settings) for seed in (0, 1))
     rows = [tuple(row) for row in zero + one]
     assert len(set(rows)) == len(rows)
-    assert generate(model, prompts[:2], seed=1, first_row=4, **settings) == one[4:]
+    assert generate(model, prompts[:2], seed=1, rows=[4, 5], **settings) == one[4:]
 
 
 def test_sampling_leaves_the_global_random_state(model: Decoder) -> None:
@@ -61,6 +61,21 @@ def test_stop_token_ends_its_own_row(model: Decoder) -> None:
     stopped = generate(model, PROMPTS, max_new_tokens=12, stop_ids={stop})
     for full, cut in zip(free, stopped, strict=True):
         assert cut == (full[: full.index(stop) + 1] if stop in full else full)
+
+
+def test_rows_end_where_the_caller_says(model: Decoder) -> None:
+    free = generate(model, PROMPTS, max_new_tokens=12, stop_ids={2})
+    end = free[0][3]
+    steps = []
+    model.model.register_forward_hook(lambda *_: steps.append(1))
+
+    def ends(tokens: list[int]) -> bool:
+        return end in tokens or len(tokens) == 7
+
+    found = generate(model, PROMPTS, max_new_tokens=12, stop_ids={2}, ends=ends)
+    for full, cut in zip(free, found, strict=True):
+        assert cut == (full[: full.index(end) + 1] if end in full[:7] else full[:7])
+    assert len(steps) <= 7
 
 
 def test_one_token_and_no_prompts(model: Decoder) -> None:

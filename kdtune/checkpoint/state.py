@@ -91,7 +91,7 @@ class Trained(Protocol):
 STATE_FILE = "training_state.pt"
 _MARK = "versions.json"  # written before all else, so that a folder without it holds no run
 _FINISHED = ("model", "adapter")
-_EVALUATION = ("evaluation.json", "examples.jsonl", "tokens.json", "responses.jsonl", "evaluation.md")
+_EVALUATION = ("evaluation.json", "examples.jsonl", "tokens.json", "responses.jsonl", "evaluation.md", "tasks")
 _RESULTS = ("checkpoints", *_FINISHED, "tensorboard", "profile", "metrics.jsonl", "importance.json", *_EVALUATION)
 _WRITTEN = (*_RESULTS, "config.yaml", "recipe.py", _MARK)
 _FOLDER = re.compile(r"step_(\d+)")

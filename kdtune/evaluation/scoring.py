@@ -23,7 +23,7 @@ from kdtune.models import Decoder, KVCache
 # Tokens that requests must have in common for their keys and values to be kept: for fewer, a forward more costs more.
 _WORTH_KEEPING = 16
 _WORTH_GATHERING = 8  # requests that begin alike, for them to go before others of their length
-_SLOTS = 4  # of keys and values for each token that is computed at a time: those that are kept take memory alone
+SLOTS = 4  # of keys and values for each token that is computed at a time: those that are kept take memory alone
 _LOGITS = 2**25  # at a time: 128 MiB of float32
 
 
@@ -195,7 +195,7 @@ class _Batch:
         rows = len(self.groups)
         computed = max(rows * (self.width - len(self.kept)), self.num_branches * self.depth)
         slots = max(rows * self.width, self.num_branches * (self.width + self.depth))
-        return computed <= max_tokens and slots <= _SLOTS * max_tokens
+        return computed <= max_tokens and slots <= SLOTS * max_tokens
 
 
 def _num_tokens(request: Request) -> int:
@@ -217,7 +217,7 @@ def _groups(requests: Sequence[Request], max_tokens: int, shares: bool) -> list[
     groups = []
     for numbers in by_context.values():
         longest = max(_num_tokens(requests[number]) for number in numbers)
-        at_a_time = max(1, _SLOTS * max_tokens // longest)
+        at_a_time = max(1, SLOTS * max_tokens // longest)
         parts = (numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time))
         groups += [_group(requests, part) for part in parts]
     return groups
