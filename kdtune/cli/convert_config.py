@@ -1,4 +1,4 @@
-"""`kdtune convert-config`: somebody's distillation config in kdtune's settings."""
+"""`kdtune convert-config`: a config of another tool in kdtune's settings."""
 
 import shlex
 import sys
@@ -11,11 +11,10 @@ import kdtune
 from kdtune.cli.parser import Parser
 from kdtune.cli.terminal import visible
 
-RECIPE = "knowledge_distillation"
 _DESCRIPTION = """\
 Print a config of another tool as one of kdtune's, and say on stderr what it could not carry over, key by key. It knows
-the configs of torchtune's distillation recipes, and Model Optimizer's distillation YAML (Megatron-LM, Megatron Bridge).
-They are read as data: nothing in them is imported or run."""
+the configs of torchtune's distillation and fine-tuning recipes, and Model Optimizer's distillation YAML (Megatron-LM,
+Megatron Bridge). They are read as data: nothing in them is imported or run."""
 _TITLES = {
     "lost": "Not carried over",
     "different": "Carried over, with another meaning or a choice made",
@@ -54,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     output = Path(arguments.output).expanduser() if arguments.output else None
-    launch = f"kdtune run {RECIPE} --config {shlex.quote(str(output or 'FILE'))}"
+    launch = f"kdtune run {found.recipe} --config {shlex.quote(str(output or 'FILE'))}"
     launch += "".join(f" {key}=..." for key in found.wanted)
     text = (
         f"# Converted from {found.origin}'s {visible(source.name)} by kdtune {kdtune.__version__}.\n"

@@ -22,12 +22,14 @@ class Converted:
 
     Attributes:
         origin: the tool.
+        recipe: kdtune's, whose settings they are.
         settings: by kdtune's full keys, in the order of the file to be written.
         notes: (what became of it, `key=value` as it was given, why).
         wanted: settings that the file says nothing about and that a run needs.
     """
 
     origin: str
+    recipe: str = "knowledge_distillation"
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[tuple[Kind, str, str]] = field(default_factory=list)
     wanted: list[str] = field(default_factory=list)

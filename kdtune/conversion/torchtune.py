@@ -1,4 +1,4 @@
-"""Configs of torchtune's recipes knowledge_distillation_single_device and knowledge_distillation_distributed.
+"""Configs of torchtune's recipes knowledge_distillation, full_finetune and lora_finetune, for one device and several.
 
 Defaults are those of torchtune 0.6.1 and of its repository at commit bd2a0fc7c. Where kdtune's default is another one,
 theirs is written out.
@@ -6,6 +6,7 @@ theirs is written out.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -42,23 +43,42 @@ def names_classes(values: Mapping[Any, Any]) -> bool:
 
 
 def recognises(values: Mapping[Any, Any]) -> bool:
-    return names_classes(values) and bool({"teacher_model", "teacher_checkpointer", "kd_loss"} & values.keys())
+    return names_classes(values) and (_has_teacher(values) or _is_fine_tuning(values))
+
+
+def _has_teacher(values: Mapping[Any, Any]) -> bool:
+    return bool({"teacher_model", "teacher_checkpointer", "kd_loss"} & values.keys())
+
+
+def _is_fine_tuning(values: Mapping[Any, Any]) -> bool:
+    """Preference training has a loss of its own, and what only generates or evaluates has none."""
+    loss = values.get("loss")
+    name = loss.get("_component_") if isinstance(loss, Mapping) else None
+    return str(name).rpartition(".")[2] in _CROSS_ENTROPIES and {"model", "dataset", "optimizer"} <= values.keys()
 
 
 def convert(values: Mapping[Any, Any]) -> Converted:
-    result = Converted("torchtune")
+    has_teacher = _has_teacher(values)
+    result = Converted("torchtune", recipe="knowledge_distillation" if has_teacher else "finetune")
     given = Given(values, result)
-    student_dir = _checkpointer(given, "checkpointer", "output_dir" in given)
-    _checkpointer(given, "teacher_checkpointer")
+    model_dir = _checkpointer(given, "checkpointer", "output_dir" in given)
+    if has_teacher:
+        _checkpointer(given, "teacher_checkpointer")
     _student(given)
-    _teacher(given.section("teacher_model"))
-    turns = _tokenizer(given, student_dir)
+    if has_teacher:
+        _teacher(given.section("teacher_model"))
+    turns = _tokenizer(given, model_dir)
     convert_dataset(given.take("dataset"), result, turns)
     _length(given)
-    _objective(given)
+    if has_teacher:
+        _divergence(given)
+    _cross_entropy(given)
     _optimizer(given)
+    _clipping(given, has_teacher)
+    _offloading(given, has_teacher)
     _run(given)
     _logging(given)
+    given.section("quantizer").close("rounding in training is qat.weights, qat.group_size and qat.activations.")
     given.close()
     return result
 
@@ -144,7 +164,7 @@ def _teacher(section: Given) -> None:
     section.close(f"kdtune reads the teacher as it is in its folder, and {_CONFIG_JSON}")
 
 
-def _tokenizer(given: Given, student_dir: str) -> str:
+def _tokenizer(given: Given, model_dir: str) -> str:
     """Returns the module of the tokenizer, which knows the turns that it puts questions into; "" if it has none."""
     section = given.section("tokenizer")
     family, _ = component(section)
@@ -153,13 +173,15 @@ def _tokenizer(given: Given, student_dir: str) -> str:
         path = section.peek(name)
         if path is None:
             section.tell("unneeded", name, "the tokenizer's folder is read.")
-        elif student_dir and PurePosixPath(str(path)).is_relative_to(student_dir):
-            section.tell("unneeded", name, "the tokenizer is read from the student's folder.")
+        elif model_dir and PurePosixPath(str(path)).is_relative_to(model_dir):
+            section.tell("unneeded", name, "the tokenizer is read from checkpointer.checkpoint_dir.")
         elif name in ("path", "tokenizer_json_path"):
             section.copy(name, "tokenizer.path")
         else:
             section.tell("unneeded", name, "it is read from beside tokenizer.path.")
-    section.tell("unneeded", "generation_config_path", "the ids that end a text are read from the student's folder.")
+    section.tell(
+        "unneeded", "generation_config_path", "the ids that end a text are read from checkpointer.checkpoint_dir."
+    )
     if section.peek("truncation_type") in (None, "right"):
         section.tell("unneeded", "truncation_type", "rows that are too long keep their beginning here, too.")
     is_default = "prompt_template" not in section
@@ -177,7 +199,7 @@ def _length(given: Given) -> None:
         given.note("different", "tokenizer.max_seq_len", None, why)
 
 
-def _objective(given: Given) -> None:
+def _divergence(given: Given) -> None:
     settings = given.result.settings
     given.copy("kd_ratio")
     loss = given.section("kd_loss")
@@ -195,15 +217,23 @@ def _objective(given: Given) -> None:
     if name == "symmetric_kl":
         loss.copy("sym_kd_ratio", "kd_loss.beta")
     loss.take("_component_")
-    cross_entropy = given.section("loss")
-    is_same = component(cross_entropy)[1] in _CROSS_ENTROPIES
-    cross_entropy.tell("unneeded" if is_same else "lost", "_component_", "the loss on the labels is the cross-entropy.")
-    cross_entropy.copy("label_smoothing", "ce_loss.label_smoothing")
-    for section in (loss, cross_entropy):
-        section.tell("unneeded", "num_output_chunks", "loss_chunk_size is found by itself, and changes no number.")
-        if section.peek("ignore_index") == -100:
-            section.tell("unneeded", "ignore_index", "it is always -100.")
-        section.close()
+    _close_loss(loss)
+
+
+def _cross_entropy(given: Given) -> None:
+    loss = given.section("loss")
+    is_same = component(loss)[1] in _CROSS_ENTROPIES
+    loss.tell("unneeded" if is_same else "lost", "_component_", "the loss on the labels is the cross-entropy.")
+    loss.copy("label_smoothing", "ce_loss.label_smoothing")
+    _close_loss(loss)
+
+
+def _close_loss(loss: Given) -> None:
+    """What the losses have in common."""
+    loss.tell("unneeded", "num_output_chunks", "loss_chunk_size is found by itself, and changes no number.")
+    if loss.peek("ignore_index") == -100:
+        loss.tell("unneeded", "ignore_index", "it is always -100.")
+    loss.close()
 
 
 def _optimizer(given: Given) -> None:
@@ -248,15 +278,33 @@ def _optimizer(given: Given) -> None:
         schedule.tell("unneeded", "num_cycles", "the decay is half a cosine here, too.")
     schedule.close()
 
-    # Written out since kdtune clips unless told otherwise.
-    settings["clip_grad_norm"] = None
-    if given.peek("clip_grad_norm") is not None:
+
+def _clipping(given: Given, has_teacher: bool) -> None:
+    """Written out in any case, since kdtune clips unless told otherwise."""
+    given.result.settings["clip_grad_norm"] = None
+    if given.peek("clip_grad_norm") in ("inf", math.inf):
+        given.tell("unneeded", "clip_grad_norm", "grad_norm is always in metrics.jsonl.")
+    elif has_teacher and given.peek("clip_grad_norm") is not None:
         why = (
             "torchtune's distillation recipes divide the gradient by its tokens twice, and so rarely reach a threshold "
             "(on several devices they do not read it). Here it would be reached; null is what it comes to there."
         )
         given.tell("different", "clip_grad_norm", why)
-    given.take("clip_grad_norm")
+    given.copy("clip_grad_norm")
+
+
+def _offloading(given: Given, has_teacher: bool) -> None:
+    is_checkpointing = given.peek("enable_activation_checkpointing")
+    given.copy("enable_activation_checkpointing")
+    if has_teacher and is_checkpointing and given.peek("enable_activation_offloading"):
+        why = "torchtune's distillation recipes do not read it. Here it does what it says."
+        given.note("different", "enable_activation_offloading", True, why)
+    if is_checkpointing and (given.peek("enable_activation_offloading") or not has_teacher):
+        given.copy("enable_activation_offloading")
+    unread = "torchtune's distillation recipes do not read it; " if has_teacher else ""
+    given.tell(
+        "unneeded", "enable_activation_offloading", f"{unread}here it needs enable_activation_checkpointing=true."
+    )
 
 
 def _run(given: Given) -> None:
@@ -273,17 +321,14 @@ def _run(given: Given) -> None:
     else:
         given.tell("lost", "dtype", "kdtune has bf16 and fp32, and takes bf16.")
     given.copy("compile")
-    checkpointing = given.peek("enable_activation_checkpointing")
-    given.copy("enable_activation_checkpointing")
-    if checkpointing and given.peek("enable_activation_offloading"):
-        why = "torchtune's distillation recipes do not read it. Here it does what it says."
-        given.note("different", "enable_activation_offloading", True, why)
-        given.copy("enable_activation_offloading")
-    why = "torchtune's distillation recipes do not read it; here it needs enable_activation_checkpointing=true."
-    given.tell("unneeded", "enable_activation_offloading", why)
     if given.take("fsdp_cpu_offload", False):
         settings["parallel.offload"] = True
     given.copy("fsdp_reshard_after_forward", "parallel.reshard_after_forward")
+    given.copy("tensor_parallel_dim", "parallel.tensor")
+    plan = given.section("tensor_parallel_plan")
+    plan.tell("unneeded", "_component_", "how the layers of each family are split is known.")
+    plan.close()
+    given.tell("unneeded", "low_cpu_ram", "weights are read into their places.")
     given.copy("output_dir")
     if "output_dir" not in settings:
         given.result.wanted.append("output_dir")

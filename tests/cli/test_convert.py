@@ -131,6 +131,16 @@ QWEN = {
     "save_every_n_steps": 50,
     "custom_sharded_layers": ["tok_embeddings", "output"],
 }
+# Keys of llama3_1/8B_lora that its recipes read and those of distillation do not.
+LORA = {
+    "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "models/8B"}
+    | {"adapter_checkpoint": None, "checkpoint_files": {"filename_format": "model-{}-of-{}.safetensors"}},
+    "clip_grad_norm": 1.0,
+    "enable_activation_checkpointing": True,
+    "enable_activation_offloading": True,
+    "tensor_parallel_dim": 2,
+    "tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"},
+}
 PAIRS = {
     "logit_layers": ["output_layer", "output_layer"],
     "intermediate_layer_pairs": [
@@ -148,6 +158,13 @@ def llama() -> dict[str, Any]:
 
 
 @pytest.fixture
+def lora(llama: dict[str, Any]) -> dict[str, Any]:
+    """A config of lora_finetune_distributed."""
+    of_distillation = ("teacher_model", "teacher_checkpointer", "kd_loss", "kd_ratio")
+    return {key: value for key, value in llama.items() if key not in of_distillation} | LORA
+
+
+@pytest.fixture
 def convert(tmp_path: Path, kdtune: Run) -> Any:
     """The nested settings that a config comes to, and what is told of it."""
 
@@ -161,10 +178,10 @@ def convert(tmp_path: Path, kdtune: Run) -> Any:
     return run
 
 
-def load(settings: dict[str, Any], tmp_path: Path, *overrides: str) -> Any:
+def load(settings: dict[str, Any], tmp_path: Path, *overrides: str, recipe: str = "knowledge_distillation") -> Any:
     path = tmp_path / "ours.yaml"
     path.write_text(yaml.safe_dump(settings))
-    schema = load_module(catalog.find_recipe("knowledge_distillation")).Config
+    schema = load_module(catalog.find_recipe(recipe)).Config
     return config.load(schema, path, overrides)
 
 
@@ -212,6 +229,38 @@ def test_qwen_distributed(tmp_path: Path, llama: dict[str, Any], convert: Any) -
     assert "kd_loss.num_output_chunks=4" in told
 
 
+def test_fine_tuning(tmp_path: Path, lora: dict[str, Any], kdtune: Run) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(lora))
+    output = tmp_path / "ours.yaml"
+    status, out, told = kdtune("convert-config", str(tmp_path / "theirs.yaml"), "--output", str(output))
+    assert status == 0, told
+    assert out.endswith(f"  kdtune run finetune --config {output}\n")
+    assert catalog.launched_by(output) == "finetune"
+    found = load(yaml.safe_load(output.read_text()), tmp_path, recipe="finetune")
+    assert (found.checkpointer.checkpoint_dir, found.lora.rank, found.optimizer.lr) == ("models/8B", 64, 3e-4)
+    assert (found.enable_activation_checkpointing, found.enable_activation_offloading) == (True, True)
+    assert (found.clip_grad_norm, found.parallel.tensor) == (1.0, 2)
+    assert "distillation" not in told
+    assert "teacher" not in told
+    assert "Not carried over" not in told
+
+    for given, expected in (("inf", None), (None, None), (0.5, 0.5)):
+        assert conversion.convert(lora | {"clip_grad_norm": given}).settings["clip_grad_norm"] == expected
+    quantizer = {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"}
+    told = [why for _, what, why in conversion.convert(lora | {"quantizer": quantizer}).notes if "quantizer" in what]
+    assert told == ["rounding in training is qat.weights, qat.group_size and qat.activations."]
+    lora["model"] = {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}
+    assert not [key for key in conversion.convert(lora).settings if key.startswith("lora")]
+
+
+@pytest.mark.parametrize("lacking", ["model", "dataset", "optimizer", "loss"])
+def test_what_does_not_fine_tune(lacking: str, lora: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="neither a teacher"):
+        conversion.convert({key: value for key, value in lora.items() if key != lacking})
+    with pytest.raises(ValueError, match="neither a teacher"):
+        conversion.convert(lora | {"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}})
+
+
 def leaves(node: Any, trail: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(node, dict):
         for name, inner in node.items():
@@ -234,23 +283,26 @@ def answer(theirs: dict[str, Any]) -> tuple[Any, ...]:
     return found.settings, found.notes, found.wanted
 
 
-@pytest.mark.parametrize("more", [{}, QWEN], ids=["llama", "qwen"])
-def test_no_torchtune_key_is_dropped_silently(more: dict[str, Any], llama: dict[str, Any]) -> None:
-    theirs = llama | more
+@pytest.mark.parametrize("name", ["llama", "qwen", "lora"])
+def test_no_torchtune_key_is_dropped_silently(name: str, llama: dict[str, Any], lora: dict[str, Any]) -> None:
+    theirs = {"llama": llama, "qwen": llama | QWEN, "lora": lora}[name]
     before = answer(theirs)
     for trail in leaves(theirs):
         value = functools.reduce(operator.getitem, trail, theirs)
         other = not value if isinstance(value, bool) else 12345
-        assert answer(changed(theirs, trail, other)) != before, trail
-        if "column_map" in trail:  # of which any name is carried over
+        if trail != ("loss", "_component_") or name != "lora":  # by which fine-tuning is known
+            assert answer(changed(theirs, trail, other)) != before, trail
+        if {"column_map", "checkpoint_files"} & set(trail):  # maps of which any name is taken
             continue
         unknown = changed(theirs, (*trail[:-1], "unheard_of"), 1)
         assert any("unheard_of=1" in what for _, what, _ in conversion.convert(unknown).notes), trail
 
 
 @pytest.mark.parametrize("value", [None, True, -1, "x", "", [], [1, None], [["x"]], {}, {"x": {"y": 1}}])
-def test_whatever_is_given_ends_in_settings_or_one_message(value: Any, llama: dict[str, Any]) -> None:
-    for theirs in (llama, llama | QWEN, PAIRS, PAIRS | {"skip_lm_loss": False, "kd_loss_scale": 2.0}):
+def test_whatever_is_given_ends_in_settings_or_one_message(
+    value: Any, llama: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    for theirs in (llama, llama | QWEN, lora, PAIRS, PAIRS | {"skip_lm_loss": False, "kd_loss_scale": 2.0}):
         for trail in [*leaves(theirs), *((name,) for name in theirs)]:
             try:
                 conversion.convert(changed(theirs, trail, value))
@@ -409,9 +461,12 @@ def test_losses_weigh_as_in_model_optimizer(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\n", "Whose config is this? It has a, b. Known are those of torchtune's distillation recipes"),
+        ("a: 1\nb: 2\n", "Whose config is this? It has a, b. Known are those of torchtune's distillation and"),
         ("", "It has nothing in it"),
-        ("model: {_component_: torchtune.models.llama3_2.llama3_2_1b}\n", "but no teacher (teacher_model, kd_loss)"),
+        (
+            "model: {_component_: torchtune.models.llama3_2.llama3_2_1b}\n",
+            "but neither a teacher (teacher_model, kd_loss) nor",
+        ),
         ("kd_loss_scale: ${oc.env:HOME}\n", "'${oc.env:HOME}' is not resolved"),
         ("kd_loss_scale: ${nope.x}\n", "${nope.x} leads nowhere"),
         ("kd_loss_scale: ${skip_lm_loss}\nskip_lm_loss: ${kd_loss_scale}\n", "leads back to itself"),
