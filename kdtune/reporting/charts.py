@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kdtune.reporting.curves import Point, Span
-from kdtune.reporting.markup import Markup, element, escape
+from kdtune.reporting.markup import Markup, element
 
 COLOURS, DASHES, MARKS = 7, 3, 4  # how many there are of each in report.css and below
 _FEW = 25  # a curve of so many points marks each
@@ -17,7 +17,8 @@ class Line:
     """A curve of a chart."""
 
     name: str
-    look: int  # which colour, dash and mark: the number of the run or group
+    look: int | None  # which colour, dash and mark; None: one of many, in grey
+    group: int  # that it shows, by which a legend finds it
     points: Sequence[Point]  # in the order of x
     raw: Sequence[Point] = ()  # drawn thin behind it
     band: Sequence[Span] = ()  # drawn pale behind it
@@ -89,9 +90,9 @@ def draw(chart: Chart) -> Markup:
         name, value = chart.level
         parts.append(_path([(left, y(value)), (right, y(value))], "level"))
         parts.append(element("text", name, class_="level", x=_px(left + 4), y=_px(y(value) - 4)))
-    for line in chart.lines:
-        parts += _curve(line, x, y)
-    parts += _end_labels(ends, y, right, top, bottom)
+    parts += [_behind(line, x, y) for line in chart.lines if line.raw or line.band]
+    parts += [_curve(line, x, y) for line in sorted(chart.lines, key=lambda line: line.look is not None)]
+    parts += _end_labels(ends, x, y, top, bottom)
     inner = Markup("\n".join(parts))
     domain = " ".join(f"{v:.8g}" for v in (x.low, x.high, x.start, x.end, y.low, y.high, y.start, y.end, int(log)))
     svg = element(
@@ -130,7 +131,7 @@ def intervals(several: Sequence[Interval]) -> Markup:
         y = row * (i + 0.5) + 2.5
         bar = _path([(x(one.low), y), (x(one.high), y)], "bar")
         dot = element("circle", cx=_px(x(one.middle)), cy=_px(y), r=3)
-        parts.append(element("g", bar, dot, class_="grey" if one.look is None else _classes(one.look)))
+        parts.append(element("g", bar, dot, class_=_classes(one.look)))
     return element("svg", *parts, class_="intervals", viewBox=f"0 0 {width} {height}", aria_hidden="true")
 
 
@@ -153,12 +154,10 @@ def describe(chart: Chart) -> str:
     return " ".join([f"{chart.title}, {chart.unit}, over the steps." if chart.unit else chart.title, *said])
 
 
-def swatch(look: int) -> Markup:
+def swatch(look: int | None) -> Markup:
     """A piece of a line in the look of a run, for a legend."""
-    line = element("path", class_="line", d="M1 6H27")
-    return element(
-        "svg", line, _mark(look, 14, 6), class_=_classes(look, "swatch"), viewBox="0 0 28 12", aria_hidden="true"
-    )
+    parts = [element("path", class_="line", d="M1 6H27"), *([] if look is None else [_mark(look, 14, 6)])]
+    return element("svg", *parts, class_=_classes(look, "swatch"), viewBox="0 0 28 12", aria_hidden="true")
 
 
 def number(value: float, share: bool = False) -> str:
@@ -254,28 +253,20 @@ def _values(line: Line) -> Iterable[float]:
         yield from (span.low, span.high)
 
 
-def _curve(line: Line, x: _Scale, y: _Scale) -> Iterable[Markup]:
-    inner = []
-    if line.band:
-        edge = [(x(s.x), y(s.high)) for s in line.band] + [(x(s.x), y(s.low)) for s in reversed(line.band)]
-        inner.append(_path(edge, "band", closed=True))
-    if line.raw:
-        inner.append(_lines(line.raw, x, y, "raw"))
+def _behind(line: Line, x: _Scale, y: _Scale) -> Markup:
+    """What no line of any run is to be hidden by."""
+    edge = [(x(s.x), y(s.high)) for s in line.band] + [(x(s.x), y(s.low)) for s in reversed(line.band)]
+    band = [_path(edge, "band", closed=True)] if edge else []
+    raw = [_lines(line.raw, x, y, "raw")] if line.raw else []
+    return element("g", *band, *raw, class_=_classes(line.look), data_group=line.group)
+
+
+def _curve(line: Line, x: _Scale, y: _Scale) -> Markup:
     finite = [point for point in line.points if not math.isnan(point.y)]
-    inner.append(
-        _lines(
-            line.points,
-            x,
-            y,
-            "line",
-            data_name=line.name,
-            data_x=" ".join(f"{point.x:g}" for point in finite),
-            data_y=" ".join(f"{point.y:.5g}" for point in finite),
-        )
-    )
-    if len(finite) <= _FEW:
-        inner += [_mark(line.look, x(point.x), y(point.y)) for point in finite]
-    yield element("g", *inner, class_=_classes(line.look), data_look=line.look)
+    data = {"data_x": " ".join(f"{point.x:g}" for point in finite), "data_y": " ".join(f"{p.y:.5g}" for p in finite)}
+    marks = [_mark(line.look, x(p.x), y(p.y)) for p in finite] if line.look is not None and len(finite) <= _FEW else []
+    curve = _lines(line.points, x, y, "line", data_name=line.name, **data)
+    return element("g", curve, *marks, class_=_classes(line.look), data_group=line.group)
 
 
 def _lines(points: Sequence[Point], x: _Scale, y: _Scale, name: str, **attributes: object) -> Markup:
@@ -308,7 +299,9 @@ def _mark(look: int, x: float, y: float) -> Markup:
     return element("path", class_="mark", d=shapes[look % MARKS])
 
 
-def _classes(look: int, *others: str) -> str:
+def _classes(look: int | None, *others: str) -> str:
+    if look is None:
+        return " ".join([*others, "grey"])
     dash = look // COLOURS % DASHES
     return " ".join([*others, f"c{look % COLOURS}", *([f"d{dash}"] if dash else [])])
 
@@ -316,19 +309,22 @@ def _classes(look: int, *others: str) -> str:
 # Numbers at the ends of the lines.
 
 
-def _ends(chart: Chart) -> list[tuple[float, str, int]]:
-    """The last value of each line, its text, and its look."""
-    lasts = ((next((p.y for p in reversed(line.points) if not math.isnan(p.y)), None), line) for line in chart.lines)
-    return [(value, number(value, chart.share), line.look) for value, line in lasts if value is not None]
+def _ends(chart: Chart) -> list[tuple[Point, str, Line]]:
+    """The last point of each line and its value as text."""
+    lasts = ((next((p for p in reversed(line.points) if not math.isnan(p.y)), None), line) for line in chart.lines)
+    return [(point, number(point.y, chart.share), line) for point, line in lasts if point is not None]
 
 
 def _end_labels(
-    ends: Sequence[tuple[float, str, int]], y: _Scale, right: float, top: float, bottom: float
+    ends: Sequence[tuple[Point, str, Line]], x: _Scale, y: _Scale, top: float, bottom: float
 ) -> Iterable[Markup]:
     """Beside the lines' ends, moved apart where they would lie on each other."""
     gap = 12.0
-    ordered = sorted((y(value), text, look) for value, text, look in ends)
-    places = [place for place, _, _ in ordered]
+    ordered = sorted(ends, key=lambda end: y(end[0].y))
+    # What ends early has its label there, and is in nobody's way at the end.
+    early = [end for end in ordered if x(end[0].x) < x.end - 40]
+    ordered = [end for end in ordered if end not in early]
+    places = [y(point.y) for point, _, _ in ordered]
     for _ in range(50):
         for i in range(1, len(places)):
             overlap = gap - (places[i] - places[i - 1])
@@ -336,12 +332,11 @@ def _end_labels(
                 places[i - 1] -= overlap / 2
                 places[i] += overlap / 2
         places = [min(max(place, top + 2), bottom - 2) for place in places]
-    for place, (_, text, look) in zip(places, ordered, strict=True):
-        yield element("text", text, x=_px(right + 6), y=_px(place + 3.5), class_=_classes(look, "end"))
+    ordered, places = [*ordered, *early], [*places, *(y(point.y) for point, _, _ in early)]
+    for place, (point, text, line) in zip(places, ordered, strict=True):
+        label = {"x": _px(min(x(point.x), x.end) + 6), "y": _px(place + 3.5), "data_group": line.group}
+        yield element("text", text, class_=_classes(line.look, "end"), **label)
 
 
 def _px(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
-
-
-__all__ = ["COLOURS", "Chart", "Line", "describe", "draw", "escape", "number", "swatch", "tick_labels", "ticks"]

@@ -1,5 +1,6 @@
 """The part of a report that shows evaluations: metrics with their errors, and what differs by more than chance."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from kdtune.reporting import charts, sizes, texts
 from kdtune.reporting.charts import Interval
 from kdtune.reporting.markup import Markup, element, escape, table
 from kdtune.reporting.material import Evaluated
-from kdtune.reporting.runs import Group
+from kdtune.reporting.runs import MOST_COLOURS, Group
 
 _MAIN = ("ce", "kl_from_teacher", "top1_agreement", "rouge_l")  # of the results, those that are told in sentences
 _MOST_SENTENCES = 6
@@ -25,7 +26,7 @@ class Evaluations:
     """Those of a report, in the order given; the first is what the others are compared with."""
 
     members: Sequence[Evaluated]
-    looks: Sequence[int]  # the colour of each: that of the run that made its model
+    looks: Sequence[int | None]  # the colour of each: that of the run that made its model
     comparisons: Sequence[Comparison | None]  # of each but the first; None where they cannot be compared
     warnings: Sequence[str]
 
@@ -52,18 +53,16 @@ def compare(members: Sequence[Evaluated], groups: Sequence[Group]) -> Evaluation
     return Evaluations(members, _looks(members, groups), comparisons, warnings)
 
 
-def _looks(members: Sequence[Evaluated], groups: Sequence[Group]) -> list[int]:
-    found: list[int] = []
-    others = len(groups)
+def _looks(members: Sequence[Evaluated], groups: Sequence[Group]) -> list[int | None]:
+    if len(members) > MOST_COLOURS:
+        return [None] * len(members)
+    found: list[int | None] = []
+    unused = itertools.count(1 + max((group.look for group in groups if group.look is not None), default=-1))
     for one in members:
         name = one.evaluation.model.name.partition(" + ")[0].removesuffix("/").removesuffix("/model").lstrip("/")
-        looks = (
-            i for i, group in enumerate(groups) for run in group.runs if run.folder.as_posix().endswith(f"/{name}")
-        )
-        look = next((look for look in looks if look not in found), None)
-        if look is None:
-            look, others = others, others + 1
-        found.append(look)
+        of_model = (group for group in groups for run in group.runs if run.folder.as_posix().endswith(f"/{name}"))
+        look = next((group.look for group in of_model), None)
+        found.append(next(unused) if look is None or look in found else look)
     return found
 
 
@@ -168,7 +167,7 @@ def _metric_table(found: Evaluations, keys: Sequence[Key], task: str | None) -> 
     return table(head, [list(_metric_row(found, key, with_task=task is None)) for key in keys])
 
 
-def _name(one: Evaluated, look: int) -> Markup:
+def _name(one: Evaluated, look: int | None) -> Markup:
     return Markup(f"{charts.swatch(look)} {escape(one.name)}")
 
 

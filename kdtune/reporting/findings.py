@@ -67,15 +67,17 @@ def warnings(runs: Sequence[Run]) -> Iterator[str]:
             f"The runs were validated on different rows ({', '.join(keys)} differ), so that their validation numbers "
             "cannot be compared. kdtune run evaluate measures all on the same."
         )
+    gaps = []
     for run in runs:
-        gaps = {key: sum(map(math.isnan, series.values())) for key, series in run.series.items()}
-        if bad := {key: count for key, count in gaps.items() if count}:
-            listed = ", ".join(f"{key} at {count:,} step{'s' * (count > 1)}" for key, count in bad.items())
-            yield f"{run.name}: {listed} was not finite. The curves have gaps there."
+        counts = {key: sum(map(math.isnan, series.values())) for key, series in run.series.items()}
+        listed = [f"{key} at {count:,} step{'s' * (count > 1)}" for key, count in counts.items() if count]
+        gaps += [f"{run.name} ({', '.join(listed)})"] if listed else []
+    if gaps:
+        yield f"Not finite, so that the curves have gaps: {', '.join(gaps)}"
     unfinished = [run for run in runs if not run.is_finished]
     if unfinished:
-        listed = ", ".join(f"{run.name} (step {run.last_step:,})" for run in unfinished)
-        yield f"Not finished, so that there is no model yet: {listed}"
+        ends = ", ".join(f"{run.name} (step {run.last_step:,})" for run in unfinished)
+        yield f"Not finished, so that there is no model yet: {ends}"
 
 
 def _course(group: Group, quantity: Quantity) -> Markup:
@@ -192,8 +194,8 @@ def overview(groups: Sequence[Group]) -> Markup:
             if one.better and ends:
                 bests[one.key] = _BEST[one.better](ends)
     rows = []
-    for i, group in enumerate(groups):
-        row: list[object] = [Markup(f"{swatch(i)} {escape(group.name)}")]
+    for group in groups:
+        row: list[object] = [Markup(f"{swatch(group.look)} {escape(group.name)}")]
         row += [len(group.runs)] if len(runs) > len(groups) else []
         row.append(_range([run.last_step for run in group.runs]))
         for one in measured:

@@ -11,12 +11,12 @@ from kdtune.reporting.charts import Chart, Line, draw, swatch
 from kdtune.reporting.markup import Markup, element, escape, page, table
 from kdtune.reporting.material import Material
 from kdtune.reporting.quantities import Quantity
-from kdtune.reporting.runs import Group, Run, differences, groups, shown
+from kdtune.reporting.runs import NUM_LOWEST, Group, Run, differences, groups, shown
 from kdtune.reporting.sizes import Model
 
-_POINTS = 24_000  # of the curves of a chart together
+_POINTS = 12_000  # of the curves of a chart together
 _MOST_SETTINGS = 12  # groups of which every setting is listed
-_MOST_RAW = 6  # curves behind which each step is shown
+_MOST_RAW = 3  # curves behind which each step is shown
 
 
 def render(material: Material) -> str:
@@ -115,8 +115,12 @@ def _curves(found: Sequence[Group]) -> str:
 
 
 def _legend(found: Sequence[Group]) -> str:
-    items = (element("li", swatch(i), " ", group.name, data_look=i) for i, group in enumerate(found))
-    return f'<ul class="legend{" few" if len(found) <= 6 else ""}">{"".join(items)}</ul>\n'
+    items = (element("li", swatch(group.look), " ", group.name, data_group=i) for i, group in enumerate(found))
+    about = ""
+    if any(group.look is None for group in found):
+        text = f"In colour: the first, and the {NUM_LOWEST} that end lowest. Point at another to bring it out."
+        about = element("p", text, class_="about") + "\n"
+    return about + f'<ul class="legend{" few" if len(found) <= 6 else ""}">{"".join(items)}</ul>\n'
 
 
 def _duplicates(training: Sequence[Quantity], runs: Sequence[Run]) -> set[str]:
@@ -155,7 +159,9 @@ def _grid(charts: Sequence[Markup | None], small: bool = False) -> str:
 
 
 def _chart(quantity: Quantity, found: Sequence[Group], *, smooth: bool = False, small: bool = False) -> Markup | None:
-    lines = [line for i, group in enumerate(found) if (line := _line(i, group, quantity, smooth, len(found)))]
+    most = max(100, min(300 if small else 800, _POINTS // len(found)))
+    raw = smooth and len(found) <= _MOST_RAW
+    lines = [line for i, group in enumerate(found) if (line := _line(i, group, quantity, smooth, raw, most))]
     runs = [run for group in found for run in group.runs]
     level = None
     if quantity.level and (levels := [run.last(quantity.level) for run in runs if quantity.level in run.series]):
@@ -167,11 +173,10 @@ def _chart(quantity: Quantity, found: Sequence[Group], *, smooth: bool = False, 
     return draw(Chart(quantity.title, unit, lines, quantity.share, level, small, from_zero=from_zero))
 
 
-def _line(look: int, group: Group, quantity: Quantity, smooth: bool, num_groups: int) -> Line | None:
+def _line(i: int, group: Group, quantity: Quantity, smooth: bool, with_raw: bool, most: int) -> Line | None:
     several = [series for run in group.runs if (series := run.series.get(quantity.key))]
     if not any(not math.isnan(value) for series in several for value in series.values()):
         return None
-    most = max(100, min(1200, _POINTS // num_groups))
     band: list[curves.Span] = []
     if len(several) > 1:
         width = curves.window(len(several[0])) if smooth else 1
@@ -179,11 +184,13 @@ def _line(look: int, group: Group, quantity: Quantity, smooth: bool, num_groups:
         if not points:
             return None
         kept = {point.x for point in curves.thinned(points, most)}
-        return Line(group.name, look, [p for p in points if p.x in kept], band=[s for s in band if s.x in kept])
+        return Line(
+            group.name, group.look, i, [p for p in points if p.x in kept], band=[s for s in band if s.x in kept]
+        )
     points = curves.points(several[0])
     width = curves.window(len(points)) if smooth else 1
-    raw = curves.thinned(points, most) if width > 1 and num_groups <= _MOST_RAW else []
-    return Line(group.name, look, curves.thinned(curves.smoothed(points, width), most), raw)
+    raw = curves.thinned(points, most) if width > 1 and with_raw else []
+    return Line(group.name, group.look, i, curves.thinned(curves.smoothed(points, width), most), raw)
 
 
 # Models and settings.

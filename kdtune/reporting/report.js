@@ -106,26 +106,29 @@
     });
   }
 
-  const groups = [...document.querySelectorAll(".chart g[data-look]")];
+  const groups = [...document.querySelectorAll(".chart [data-group]")];
   const items = [...document.querySelectorAll(".legend li")];
   let pinned = null;
-  const highlight = (look) => {
-    for (const group of groups) group.classList.toggle("dim", look !== null && group.dataset.look !== look);
+  const highlight = (number) => {
+    for (const group of groups) {
+      group.classList.toggle("dim", number !== null && group.dataset.group !== number);
+      group.classList.toggle("lit", group.dataset.group === number);
+    }
   };
   for (const item of items.length > 1 ? items : []) {
     item.tabIndex = 0;
     item.setAttribute("role", "button");
     item.setAttribute("aria-pressed", "false");
     const press = () => {
-      pinned = pinned === item.dataset.look ? null : item.dataset.look;
-      for (const one of items) one.setAttribute("aria-pressed", String(one.dataset.look === pinned));
+      pinned = pinned === item.dataset.group ? null : item.dataset.group;
+      for (const one of items) one.setAttribute("aria-pressed", String(one.dataset.group === pinned));
       highlight(pinned);
     };
     item.addEventListener("click", press);
     item.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); press(); }
     });
-    item.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") highlight(item.dataset.look); });
+    item.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") highlight(item.dataset.group); });
     item.addEventListener("pointerleave", () => highlight(pinned));
   }
 

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -143,6 +144,8 @@ class Difference:
 
 
 MISSING = "-"
+MOST_COLOURS = 12  # groups that are told apart by colours and dashes
+NUM_LOWEST = 3  # of more than that, those that have a colour beside the first
 
 
 def shown(value: Any) -> str:
@@ -165,6 +168,7 @@ class Group:
 
     name: str
     runs: list[Run]
+    look: int | None = None  # its colour in all charts; None: grey, one of many
 
     def finals(self, key: str) -> list[float]:
         """The newest value of each run that has one."""
@@ -183,7 +187,18 @@ def groups(runs: Sequence[Run]) -> list[Group]:
             run
         )
     names = _names(list(found.values()))
-    return [Group(name, members) for name, members in zip(names, found.values(), strict=True)]
+    named = [Group(name, members) for name, members in zip(names, found.values(), strict=True)]
+    looks = _looks(named)
+    return [replace(group, look=looks.get(i)) for i, group in enumerate(named)]
+
+
+def _looks(members: Sequence[Group]) -> dict[int, int]:
+    """Colours: one for each, but of many only for the first and for those that end lowest."""
+    if len(members) <= MOST_COLOURS:
+        return {i: i for i in range(len(members))}
+    key = next((key for key in ("val_ce_loss", "loss") if all(group.finals(key) for group in members)), None)
+    lowest = sorted(range(len(members)), key=lambda i: fmean(members[i].finals(key))) if key else []
+    return {i: look for look, i in enumerate(dict.fromkeys([0, *lowest[:NUM_LOWEST]]))}
 
 
 def _names(members: Sequence[Sequence[Run]]) -> list[str]:

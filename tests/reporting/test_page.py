@@ -138,12 +138,16 @@ def test_long_runs_gaps_and_many_runs(tmp_path: Path) -> None:
     page = check(text)
     assert len(text) < 400_000
     assert "Lines are means over 201 logged steps" in page.text
-    assert "loss at 61 steps was not finite" in page.text
+    assert "Not finite, so that the curves have gaps: long (loss at 61 steps)" in page.text
     assert "No run was validated" in page.text
     assert "log scale" in page.text
-    many = [write_run(tmp_path / f"run{i}", kd_ratio=i / 60, steps=2 + i % 3) for i in range(60)]
+    many = [write_run(tmp_path / f"run{i}", kd_ratio=i / 60, steps=2 + i % 3, better=i / 100) for i in range(60)]
     text = render(*many)
-    assert check(text).tags.count("li") > 60
+    page = check(text)
+    assert page.tags.count("li") > 60
+    assert "In colour: the first, and the 3 that end lowest." in page.text
+    colours = [re.findall(r'<li data-group="(\d+)"><svg class="swatch c', line) for line in text.splitlines()]
+    assert sum(map(len, colours)) == 4
     assert len(text) < 3_000_000
 
 
