@@ -30,7 +30,10 @@ class Config:
     """Every setting of this recipe."""
 
     server: teacher_cache.ServerConfig = setting(teacher_cache.ServerConfig)  # what runs the teacher
-    store: teacher_cache.StoreConfig = setting(teacher_cache.StoreConfig)  # what is kept for each labelled token
+    # What is kept for each labelled token: of what a server tells, top_k alone.
+    store: teacher_cache.StoreConfig = dataclasses.field(
+        default_factory=lambda: teacher_cache.StoreConfig(kind="top_k")
+    )
     output_dir: str = setting(MISSING, path=True)  # the cache; what it has already is not asked again
 
     teacher_dir: str = setting(MISSING, path=True)  # config.json and tokenizer of what is served; no weights are read

@@ -6,7 +6,7 @@
     kdtune run knowledge_distillation --config llama3_2/8B_to_1B_KD \
         teacher_checkpointer=null teacher.cache_dir=caches/8B
 
-For each labelled token the likeliest next tokens are kept (`store.kind=top_k`), random draws (samples), or the final
+For each labelled token random draws of the next one are kept, the likeliest ones (`store.kind=top_k`), or the final
 hidden states, from which everything can be computed (hidden). An example is known by its tokens and labels, so rows may
 come in any order, packing and batches later. What `output_dir` has already is not asked again: the same command goes on
 after any stop, and adds further rows. Processes write side by side.
@@ -38,6 +38,12 @@ from kdtune.teacher import (
     keep_head,
     load_live_teacher,
 )
+
+SERVES = {  # which students, by store.kind
+    "samples": "kd_loss.name=forward_kl at temperature 1 (store.kind=top_k: all divergences; hidden: all objectives)",
+    "top_k": "all divergences at temperature 1, all others being one token (store.kind=hidden: all objectives)",
+    "hidden": "all objectives",
+}
 
 
 @dataclass
@@ -199,6 +205,7 @@ def check(cfg: Config) -> Inputs:
     print(f"teacher   {teacher}")
     size = num_tokens * teacher_cache.estimate_bytes(cfg.store, teacher.vocab_size, teacher.config.hidden_size)
     print(f"cache     {cfg.output_dir}: {num_tokens:,} labelled tokens to add, about {format_bytes(size)}")
+    print(f"serves    {SERVES[cfg.store.kind]}")
     print(f"run       {cfg.dtype} on {ranks.describe()}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(

@@ -33,13 +33,13 @@ def test_what_is_kept_is_that_of_the_whole_distribution(sharpness: float, tiny: 
         "entropy": -(log_p.exp() * log_p).sum(1),
         "label_log_probs": log_p.gather(1, batch.labels[scored][:, None])[:, 0],
     }
-    found = [answers for _, answers in ask(teacher, batch, StoreConfig(top_k=5), chunk_size=7)]
+    found = [answers for _, answers in ask(teacher, batch, StoreConfig("top_k", top_k=5), chunk_size=7)]
     for name, values in expected.items():
         kept = np.concatenate([getattr(answers, name) for answers in found])
         np.testing.assert_allclose(kept, values, 1e-4, 2e-5, err_msg=name)
     assert all(isinstance(answers, TopK) for answers in found)
 
-    draws = [answers for _, answers in ask(teacher, batch, StoreConfig("samples", sampling_power=0.7))]
+    draws = [answers for _, answers in ask(teacher, batch, StoreConfig("samples", num_samples=12, sampling_power=0.7))]
     p = log_p.exp().numpy()
     proposal = (0.7 * log_p).log_softmax(-1).exp().numpy()
     rows = np.arange(len(p))[:, None]

@@ -82,7 +82,7 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "cached_teacher.py",
-            "finetune live projected samples-12 hidden forward ask-hidden read-top-64",
+            "finetune live projected samples-200 hidden forward ask-hidden read-top-64",
             "--rows 2 --steps 1",
         ),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),

@@ -125,7 +125,7 @@ def _top_k(given: Given) -> None:
     k, p = given.peek("logit_kl_topk"), given.peek("logit_kl_top_p")
     why = "the whole vocabulary is compared."
     if k is not None:
-        store = f"store.top_k={k}" + (f" store.top_p={p}" if p is not None else "")
+        store = f"store.kind=top_k store.top_k={k}" + (f" store.top_p={p}" if p is not None else "")
         why = (
             "a teacher that is asked in the run is compared by its whole vocabulary, which takes no more memory here. "
             f"For a top k: kdtune run cache_teacher_logits {store}, then teacher.cache_dir. What Model Optimizer does "

@@ -16,10 +16,10 @@ HiddenDtype = Literal["bf16", "fp32"]
 class StoreConfig:
     """What is kept of the teacher for each labelled token."""
 
-    kind: Kind = "top_k"  # the likeliest tokens; random draws; or the final hidden states, with the head beside them
+    kind: Kind = "samples"  # random draws; the likeliest tokens; or the final hidden states, with the head beside them
     top_k: int = setting(64, gt=0)  # top_k: how many of the likeliest tokens are kept at most
     top_p: float | None = setting(None, gt=0, lt=1)  # top_k: as many as reach this probability together; null: top_k
-    num_samples: int = setting(12, gt=0, le=65_535)  # samples: draws for each token, with replacement
+    num_samples: int = setting(200, gt=0, le=65_535)  # samples: draws for each token, with replacement
     sampling_power: float = setting(1.0, gt=0)  # samples: draw from p^this; below 1 unlikely tokens come more often
     bits: Bits = 8  # of a stored log-probability; 32: exact
     hidden_dtype: HiddenDtype = "bf16"  # hidden: of a stored hidden state

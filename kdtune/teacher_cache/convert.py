@@ -111,7 +111,7 @@ def from_axolotl(
 
 
 def _card(teacher: str, tokenizer: str | Path, vocab_size: int, store: StoreConfig | None) -> Card:
-    store = store or StoreConfig()
+    store = store or StoreConfig(kind="top_k")
     check_kind(store, "such files tell")
     return Card(
         store=store,

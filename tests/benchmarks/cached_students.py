@@ -52,12 +52,13 @@ class Way:
 WAYS = {
     "live": Way("live"),
     "hidden": Way("hidden states", ("store.kind=hidden",)),
-    "top-256": Way("top 256", ("store.top_k=256",)),
-    "top-64": Way("top 64", ()),
-    "top-8": Way("top 8", ("store.top_k=8",)),
-    "samples-200": Way("200 draws", ("store.kind=samples", "store.num_samples=200")),
+    "top-256": Way("top 256", ("store.kind=top_k", "store.top_k=256")),
+    "top-64": Way("top 64", ("store.kind=top_k",)),
+    "top-8": Way("top 8", ("store.kind=top_k", "store.top_k=8")),
+    "samples-200": Way("200 draws", ()),
+    "samples-100": Way("100 draws", ("store.kind=samples", "store.num_samples=100")),
     "samples-50": Way("50 draws", ("store.kind=samples", "store.num_samples=50")),
-    "samples-12": Way("12 draws", ("store.kind=samples",)),
+    "samples-12": Way("12 draws", ("store.kind=samples", "store.num_samples=12")),
     "labels": Way("no teacher", student=("kd_ratio=0",)),
 }
 USUAL = [name for name in WAYS if name not in ("hidden", "top-256", "labels")]

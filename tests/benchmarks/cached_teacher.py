@@ -35,8 +35,8 @@ from kdtune.teacher import CachedTeacher, ask, load_live_teacher
 
 CPU = torch.device("cpu")
 STORES = {
-    "top-64": ("top 64", "store.top_k=64"),
-    "samples-12": ("12 draws", "store.kind=samples"),
+    "top-64": ("top 64", "store.kind=top_k"),
+    "samples-200": ("200 draws", "store.kind=samples"),
     "hidden": ("hidden states", "store.kind=hidden"),
 }
 TEACHER = "teacher_checkpointer.checkpoint_dir=${asset:quickstart/teacher}"

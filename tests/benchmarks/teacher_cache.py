@@ -3,10 +3,10 @@
     python tests/benchmarks/teacher_cache.py
     python tests/benchmarks/teacher_cache.py --sources 128256 --variants kdtune-8 megatron
 
-Per labelled token, the 64 likeliest tokens in 8, 16 or 32 bits, 12 draws, or hidden states of width 4,096 in bf16. The
-sources are made-up teachers of several vocabularies, by their sizes, and the quickstart's with its validation rows.
-A made-up logit is minus the log of the token's frequency rank plus a normal number, whose spread differs from token to
-token; ids are in random order, as no tokenizer has them.
+Per labelled token, the 64 likeliest tokens in 8, 16 or 32 bits, 12, 50 or 200 draws, or hidden states of width 4,096 in
+bf16. The sources are made-up teachers of several vocabularies, by their sizes, and the quickstart's with its validation
+rows. A made-up logit is minus the log of the token's frequency rank plus a normal number, whose spread differs from
+token to token; ids are in random order, as no tokenizer has them.
 
 Written is from arrays to files, read from files to arrays, in seconds of one core; kdtune's examples are read in random
 order with their checksums, the others once from the front. KL is that of the 64 tokens, both sides made to add up to 1,
@@ -48,7 +48,7 @@ import kdtune
 from kdtune import checkpoint, data, tokenizers
 from kdtune.teacher_cache import Card, Hidden, Samples, StoreConfig, Teacher, TeacherCache, TopK, Writer
 
-K, NUM_SAMPLES, HIDDEN_SIZE = 64, 12, 4096
+K, MOST_SAMPLES, HIDDEN_SIZE = 64, 200, 4096
 QUICKSTART = Path(kdtune.__file__).parent / "assets" / "quickstart"
 
 Arrays = dict[str, np.ndarray]
@@ -69,7 +69,7 @@ class Format(ABC):
 
 
 class Ours(Format):
-    store = StoreConfig(top_k=K)
+    store = StoreConfig("top_k", top_k=K)
 
     def write(self, folder: Path, examples: list[Arrays]) -> None:
         hidden = {"size": HIDDEN_SIZE} if self.store.kind == "hidden" else None
@@ -90,19 +90,28 @@ class Ours(Format):
 
 
 class Ours16(Ours):
-    store = StoreConfig(top_k=K, bits=16)
+    store = StoreConfig("top_k", top_k=K, bits=16)
 
 
 class Ours32(Ours):
-    store = StoreConfig(top_k=K, bits=32)
+    store = StoreConfig("top_k", top_k=K, bits=32)
 
 
 class OurSamples(Ours):
-    store = StoreConfig(kind="samples", num_samples=NUM_SAMPLES)
+    store = StoreConfig(num_samples=200)
 
     def answers(self, example: Arrays) -> Samples:
         statistics = {name: example[name] for name in ("entropy", "label_log_probs")}
-        return Samples.from_draws(example["draws"], None, top_ids=example["ids"][:, 0], **statistics)
+        draws = example["draws"][:, : self.store.num_samples]
+        return Samples.from_draws(draws, None, top_ids=example["ids"][:, 0], **statistics)
+
+
+class OurSamples50(OurSamples):
+    store = StoreConfig(num_samples=50)
+
+
+class OurSamples12(OurSamples):
+    store = StoreConfig(num_samples=12)
 
 
 class OurHidden(Ours):
@@ -197,7 +206,9 @@ FORMATS: dict[str, tuple[str, type[Format]]] = {
     "kdtune-8": ("kdtune, 8 bits", Ours),
     "kdtune-16": ("kdtune, 16 bits", Ours16),
     "kdtune-32": ("kdtune, 32 bits", Ours32),
-    "kdtune-samples": ("kdtune, 12 draws", OurSamples),
+    "kdtune-200": ("kdtune, 200 draws", OurSamples),
+    "kdtune-50": ("kdtune, 50 draws", OurSamples50),
+    "kdtune-12": ("kdtune, 12 draws", OurSamples12),
     "kdtune-hidden": ("kdtune, hidden states", OurHidden),
     "distillkit": ("DistillKit, 1 exact", DistillKit),
     "distillkit-16": ("DistillKit, 16 exact", DistillKitMore),
@@ -287,7 +298,7 @@ def answers(logits: Tensor, labels: Tensor) -> Arrays:
         "log_rest": rest,
         "entropy": -(log_probs.exp() * log_probs).sum(-1),
         "label_log_probs": log_probs.gather(1, labels[:, None])[:, 0],
-        "draws": torch.multinomial(log_probs.exp(), NUM_SAMPLES, replacement=True).int(),
+        "draws": torch.multinomial(log_probs.exp(), MOST_SAMPLES, replacement=True).int(),
         "logits": logits.gather(1, ids),
         "log_sums": logits.logsumexp(-1),
     }

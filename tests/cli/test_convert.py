@@ -399,7 +399,7 @@ def test_model_optimizer(tmp_path: Path, convert: Any) -> None:
     found = load(settings, tmp_path, *needed)
     assert (found.kd_ratio, found.kd_loss.temperature, found.kd_loss.scale_by_temperature_squared) == (1, 2, False)
     assert "logit_kl_topk=100: a teacher that is asked in the run" in told
-    assert "store.top_k=100" in told
+    assert "store.kind=top_k store.top_k=100" in told
     assert all(pair.partition("=")[0] in told for pair in needed)
 
     found = load(convert({"skip_lm_loss": False, "kd_loss_scale": 3.0})[0], tmp_path, *needed)

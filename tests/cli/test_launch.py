@@ -355,7 +355,7 @@ def asking(tiny: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             assert text.count(old) == 1
             text = text.replace(old, new)
         (tmp_path / "mine.py").write_text(text)
-        settings = [f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}", "batch_size=2", "store.top_k=8"]
+        settings = [f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}", "batch_size=2", "store.num_samples=8"]
         settings += [f"dataset.source={tmp_path / 'rows.jsonl'}", "dataset.format=completion", "device=cpu"]
         settings += [f"output_dir={tmp_path / 'cache'}", "dtype=fp32", "tokenizer.max_seq_len=64"]
         return begin("run", "--nproc-per-node=2", str(tmp_path / "mine.py"), *settings)

@@ -34,8 +34,8 @@ from kdtune.teacher_cache import Card, StoreConfig, Teacher, TeacherCache, Write
 
 HEADS = {"num_key_value_heads": 2}  # that two processes can split
 KINDS = {
-    "all": ["store.top_k=2051", "store.bits=32"],
-    "top": ["store.top_k=50", "store.top_p=0.02", "store.bits=32"],
+    "all": ["store.kind=top_k", "store.top_k=2051", "store.bits=32"],
+    "top": ["store.kind=top_k", "store.top_k=50", "store.top_p=0.02", "store.bits=32"],
     "samples": ["store.kind=samples", "store.num_samples=9", "store.sampling_power=0.8", "store.bits=32"],
     "hidden": ["store.kind=hidden", "store.hidden_dtype=fp32"],
 }
@@ -224,7 +224,7 @@ STEPS: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
     "pipeline": (ParallelConfig(pipeline=2), {}),
     "lora": (ParallelConfig(), {"lora": LoraConfig(rank=2)}),
 }
-STORES = {"top_k": StoreConfig(top_k=7, bits=32), "samples": StoreConfig(kind="samples", num_samples=5)}
+STORES = {"top_k": StoreConfig("top_k", top_k=7, bits=32), "samples": StoreConfig(kind="samples", num_samples=5)}
 TAUGHT: list[tuple[str, Convention]] = [("samples", "bucket"), *(("top_k", one) for one in get_args(Convention))]
 
 

@@ -22,12 +22,12 @@ from kdtune.teacher import CachedTeacher
 from kdtune.teacher_cache import HEAD, TOKENIZER, Samples, TeacherCache, TopK
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = ["store.top_k=2048", "store.bits=32"]  # of the vocabulary, exactly
+ALL = ["store.kind=top_k", "store.top_k=2048", "store.bits=32"]  # of the vocabulary, exactly
 KINDS = {
     "all": ALL,
     "hidden": ["store.kind=hidden", "store.hidden_dtype=fp32"],
     "samples": ["store.kind=samples", "store.num_samples=9", "store.sampling_power=0.8"],
-    "top": ["store.top_k=50", "store.top_p=0.02"],
+    "top": ["store.kind=top_k", "store.top_k=50", "store.top_p=0.02"],
 }
 
 
@@ -68,7 +68,7 @@ def test_hidden_states_serve_every_objective(setting: list[str], tiny: Path, tmp
 def test_the_divergence_of_few_tokens_is_less_and_grows_with_them(tiny: Path, tmp_path: Path) -> None:
     found = []
     for k in (1, 8, 64, 512, 2048):
-        folder = cache(tiny, tmp_path / f"cache_{k}", f"store.top_k={k}", "store.bits=32")
+        folder = cache(tiny, tmp_path / f"cache_{k}", "store.kind=top_k", f"store.top_k={k}", "store.bits=32")
         settings = ["max_steps=1", *tiny_runs.validated_on(tiny)]
         run = distil_from_cache(tiny, tmp_path / f"run_{k}", folder, *settings)
         found.append(tiny_runs.lines(run)[0]["val_kd_loss"])
@@ -272,8 +272,11 @@ def test_a_folder_that_is_no_cache(tiny: Path, tmp_path: Path) -> None:
     [
         (["teacher.cache_dir=x"], r"teacher\.cache_dir=x is for students; here a teacher is asked"),
         (["parallel.context=2"], r"parallel"),
-        (["store.num_samples=3"], r"store\.num_samples=3 is about store\.kind=samples"),
-        (["store.top_k=4096"], r"store\.top_k=4,096 asks for more tokens than the teacher's vocabulary has"),
+        (["store.top_k=3"], r"store\.top_k=3 is about store\.kind=top_k"),
+        (
+            ["store.kind=top_k", "store.top_k=4096"],
+            r"store\.top_k=4,096 asks for more tokens than the teacher's vocabulary has",
+        ),
         (["dataset.streaming=true"], r"dataset\.streaming=true is for training"),
         (["teacher.offload=true"], r"teacher\.offload=true keeps"),
     ],
@@ -285,11 +288,13 @@ def test_refusals_of_the_recipe_that_asks(settings: list[str], message: str, tin
 
 
 def test_other_answers_are_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
-    folder = cache(tiny, tmp_path / "cache", "store.top_k=8")
+    folder = cache(tiny, tmp_path / "cache", "store.kind=top_k", "store.top_k=8")
     with pytest.raises(ValueError, match=r"store\.top_k is 8 in the cache and 9 here"):
-        cache(tiny, folder, "store.top_k=9")
+        cache(tiny, folder, "store.kind=top_k", "store.top_k=9")
     with pytest.raises(ValueError, match=r"teacher\.fingerprint is \w+ in the cache and \w+ here"):
-        cache(tiny, folder, "store.top_k=8", f"teacher_checkpointer.checkpoint_dir={tiny / 'student'}")
+        cache(
+            tiny, folder, "store.kind=top_k", "store.top_k=8", f"teacher_checkpointer.checkpoint_dir={tiny / 'student'}"
+        )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"holds other files: thesis\.tex"):

@@ -21,7 +21,7 @@ from kdtune.cli.main import main
 from kdtune.teacher_cache import TeacherCache, TopK
 from kdtune.teacher_cache import served as client
 
-EXACT = ["store.bits=32", "store.top_k=40"]
+EXACT = ["store.bits=32", "store.kind=top_k", "store.top_k=40"]
 KINDS = ["vllm", "sglang"]
 
 
@@ -64,7 +64,9 @@ def entropy_of_bucket(answers: TopK) -> np.ndarray:
     return -(np.exp(log_p) * np.where(np.isfinite(log_p), log_p, 0)).sum(1)
 
 
-@pytest.mark.parametrize("store", [EXACT, [*EXACT, "store.top_p=0.03"], ["store.bits=32", "store.top_k=2048"]])
+@pytest.mark.parametrize(
+    "store", [EXACT, [*EXACT, "store.top_p=0.03"], ["store.bits=32", "store.kind=top_k", "store.top_k=2048"]]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_is_that_of_the_model(
     kind: str, store: list[str], server: tuple[StandIn, str], tiny: Path, tmp_path: Path
@@ -240,7 +242,7 @@ def test_answers_that_are_no_answers(
     stand_in, url = server
     stand_in.change = change
     with pytest.raises(ValueError, match=message):
-        ask(tiny, url, tmp_path / "cache", f"server.kind={kind}", "store.top_k=8")
+        ask(tiny, url, tmp_path / "cache", f"server.kind={kind}", "store.kind=top_k", "store.top_k=8")
     assert len(TeacherCache(tmp_path / "cache")) == 0
 
 
@@ -252,7 +254,7 @@ def test_answers_that_are_no_answers(
         (["server.model=another"], "server.model=another, and http.* has the-teacher"),
         (["server.kind=sglang", "server.model=the-teacher"], "SGLang has one"),
         (["store.kind=samples"], "store.kind=samples needs the whole distribution"),
-        (["store.top_k=5000"], "asks for more tokens than the teacher's vocabulary has"),
+        (["store.kind=top_k", "store.top_k=5000"], "asks for more tokens than the teacher's vocabulary has"),
         (["tokenizer.max_seq_len=200", "dataset.source={long}"], "takes 127 at most"),
         (["server.url=http://127.0.0.1:9"], "models could not be asked: URLError"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from kdtune.teacher_cache import Card, Dataset, StoreConfig, Teacher, teacher_fingerprint
 
 CARD = Card(
-    StoreConfig(top_k=5, top_p=0.9),
+    StoreConfig("top_k", top_k=5, top_p=0.9),
     97,
     Teacher("tiny", "0123", "fp32", quantization="int4"),
     "4567",
@@ -28,7 +28,7 @@ def test_a_card_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"store": StoreConfig(top_k=6, top_p=0.9)}, ["store.top_k is 5 in the cache and 6 here"]),
+        ({"store": StoreConfig("top_k", top_k=6, top_p=0.9)}, ["store.top_k is 5 in the cache and 6 here"]),
         ({"vocab_size": 98}, ["vocab_size is 97 in the cache and 98 here"]),
         ({"teacher": Teacher("other", "0123", "bf16")}, ["teacher.dtype", "teacher.quantization is int4"]),
         ({"teacher": Teacher("tiny", "89ab", "fp32", "int4")}, ["teacher.fingerprint is 0123 in the cache and 89ab"]),

@@ -74,7 +74,7 @@ def test_32_bits_are_exact() -> None:
 @pytest.mark.parametrize(("num_tokens", "k", "vocab_size"), SHAPES)
 def test_top_k(num_tokens: int, k: int, vocab_size: int, bits: Bits) -> None:
     answers = made_answers.top_k(0, num_tokens, k, vocab_size)
-    found = round_trip(Codec(StoreConfig(top_k=k, bits=bits), vocab_size), answers)
+    found = round_trip(Codec(StoreConfig("top_k", top_k=k, bits=bits), vocab_size), answers)
     check_top_k(found, answers, bits)
 
 
@@ -82,7 +82,7 @@ def test_top_k(num_tokens: int, k: int, vocab_size: int, bits: Bits) -> None:
 def test_as_many_as_reach_a_mass(bits: Bits) -> None:
     answers = made_answers.top_k(1, 50, 64, 1000, top_p=0.8)
     assert len(set((answers.ids >= 0).sum(1))) > 5
-    found = round_trip(Codec(StoreConfig(top_p=0.8, bits=bits), 1000), answers)
+    found = round_trip(Codec(StoreConfig("top_k", top_p=0.8, bits=bits), 1000), answers)
     # Columns that no token of the example needs are not there.
     width = (answers.ids >= 0).sum(1).max()
     answers = replace(answers, ids=answers.ids[:, :width], log_probs=answers.log_probs[:, :width])
@@ -127,7 +127,7 @@ def test_the_likeliest_of_equals_is_the_first() -> None:
     close[:, 1] = close[:, 0] - 1e-4
     close[::2, 1] = close[::2, 0]
     answers = replace(answers, log_probs=close)
-    found = round_trip(Codec(StoreConfig(top_k=8), 97), answers)
+    found = round_trip(Codec(StoreConfig("top_k", top_k=8), 97), answers)
     assert (found.log_probs[:, 0] == found.log_probs.max(1)).all()
     assert (found.top_ids == answers.ids[:, 0]).all()
 
@@ -135,9 +135,9 @@ def test_the_likeliest_of_equals_is_the_first() -> None:
 def test_one_more_than_k_may_be_kept() -> None:
     """A server adds the label to its likeliest tokens."""
     answers = made_answers.top_k(3, 4, 6, 97)
-    check_top_k(round_trip(Codec(StoreConfig(top_k=5), 97), answers), answers, 8)
+    check_top_k(round_trip(Codec(StoreConfig("top_k", top_k=5), 97), answers), answers, 8)
     with pytest.raises(ValueError, match="6 ids; this cache keeps at most 5"):
-        Codec(StoreConfig(top_k=4), 97).encode(answers)
+        Codec(StoreConfig("top_k", top_k=4), 97).encode(answers)
 
 
 # Samples.
@@ -190,7 +190,7 @@ def test_weights_are_the_distribution_on_average(power: float) -> None:
     ratios = None if power == 1 else np.take_along_axis(log_p - proposal, draws, 1)
     ones = np.ones(num_tokens)
     made = Samples.from_draws(draws, ratios, ones, -ones, log_p.argmax(1))
-    store = StoreConfig(kind="samples", sampling_power=power)
+    store = StoreConfig("samples", num_samples=12, sampling_power=power)
     found = round_trip(Codec(store, vocab_size), made)
     p = np.exp(log_p[0])
     mean = np.bincount(found.ids[found.ids >= 0], found.weights[found.ids >= 0], vocab_size) / num_tokens
@@ -213,7 +213,7 @@ def test_hidden(dtype: Any, kind: Any) -> None:
 
 def test_examples_are_joined() -> None:
     parts = [made_answers.top_k(seed, 3 + seed, 20, 97, top_p=0.6) for seed in range(3)]
-    codec = Codec(StoreConfig(top_k=20, top_p=0.6, bits=32), 97)
+    codec = Codec(StoreConfig("top_k", top_k=20, top_p=0.6, bits=32), 97)
     parts = [round_trip(codec, part) for part in parts]
     assert len({part.ids.shape[1] for part in parts}) > 1
     joined = concatenate(parts)
@@ -254,16 +254,18 @@ def test_bytes_of_a_token(num_tokens: int, sizes: tuple[int, ...]) -> None:
     anywhere = np.stack([generator.choice(vocab_size, 64, replace=False) for _ in range(num_tokens)])
     answers = replace(answers, ids=anywhere.astype(np.int32))
     for bits, most in zip((8, 16, 32), sizes, strict=True):
-        store = StoreConfig(bits=bits)  # type: ignore[arg-type]
+        store = StoreConfig("top_k", bits=bits)  # type: ignore[arg-type]
         size = len(Codec(store, vocab_size).encode(answers)) / num_tokens
         assert size < most
         assert 0.95 < estimate_bytes(store, vocab_size) / size < 1.1
-    drawn = made_answers.samples(0, num_tokens, 12, 2000)
     spread = generator.choice(vocab_size, 2000, replace=False)
-    drawn = replace(drawn, ids=np.where(drawn.ids < 0, -1, spread[drawn.ids]), top_ids=spread[drawn.top_ids])
-    store = StoreConfig(kind="samples")
-    assert len(Codec(store, vocab_size).encode(drawn)) / num_tokens < 35
-    assert len(Codec(store, vocab_size).encode(drawn)) / num_tokens < 1.2 * estimate_bytes(store, vocab_size)
+    for count, most in ((12, 35), (200, 140)):
+        drawn = made_answers.samples(0, num_tokens, count, 2000)
+        drawn = replace(drawn, ids=np.where(drawn.ids < 0, -1, spread[drawn.ids]), top_ids=spread[drawn.top_ids])
+        store = StoreConfig(num_samples=count)
+        size = len(Codec(store, vocab_size).encode(drawn)) / num_tokens
+        assert size < most
+        assert 0.8 < estimate_bytes(store, vocab_size) / size < 2
 
 
 # Refusals.
@@ -287,16 +289,20 @@ SAMPLES = made_answers.samples(0, 2, 12, 97)
 )
 def test_what_no_teacher_says_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Codec(StoreConfig(top_k=3), 97).encode(replace(TOP_K, **change))
+        Codec(StoreConfig("top_k", top_k=3), 97).encode(replace(TOP_K, **change))
 
 
 @pytest.mark.parametrize(
     ("answers", "store", "message"),
     [
-        (TOP_K, StoreConfig(kind="samples"), "of kind top_k; the cache keeps samples"),
+        (TOP_K, StoreConfig("samples", num_samples=12), "of kind top_k; the cache keeps samples"),
         (SAMPLES, StoreConfig(kind="samples", num_samples=6), "not 6"),
-        (SAMPLES, StoreConfig(kind="samples", sampling_power=0.7), "have log_ratios"),
-        (replace(SAMPLES, top_ids=np.array([96, 96])), StoreConfig(kind="samples"), "must be among the sampled"),
+        (SAMPLES, StoreConfig("samples", num_samples=12, sampling_power=0.7), "have log_ratios"),
+        (
+            replace(SAMPLES, top_ids=np.array([96, 96])),
+            StoreConfig("samples", num_samples=12),
+            "must be among the sampled",
+        ),
         (Hidden(np.ones((2, 4), np.float32), "fp32"), StoreConfig(kind="hidden"), "are fp32; the cache keeps bf16"),
         (Hidden(np.ones((2, 4), np.uint16), "bf16"), StoreConfig(kind="hidden"), "keeps 8 each"),
     ],
@@ -311,9 +317,9 @@ def test_answers_of_another_kind_are_refused(answers: Any, store: StoreConfig, m
     [
         (StoreConfig(kind="samples", top_k=5), "store.top_k=5 is about store.kind=top_k"),
         (StoreConfig(kind="hidden", bits=16), "store.bits=16 is about store.kind=top_k or samples"),
-        (StoreConfig(num_samples=3), "store.num_samples=3"),
-        (StoreConfig(hidden_dtype="fp32"), "store.hidden_dtype=fp32"),
-        (StoreConfig(top_k=98), "store.top_k=98 .* 97"),
+        (StoreConfig("top_k", num_samples=3), "store.num_samples=3"),
+        (StoreConfig("top_k", hidden_dtype="fp32"), "store.hidden_dtype=fp32"),
+        (StoreConfig("top_k", top_k=98), "store.top_k=98 .* 97"),
     ],
 )
 def test_settings_that_change_nothing_are_refused(store: StoreConfig, message: str) -> None:
@@ -322,6 +328,6 @@ def test_settings_that_change_nothing_are_refused(store: StoreConfig, message: s
 
 
 def test_settings_of_the_kind_are_taken() -> None:
-    check_store(StoreConfig(top_k=97, top_p=0.9, bits=16), 97)
+    check_store(StoreConfig("top_k", top_k=97, top_p=0.9, bits=16), 97)
     check_store(StoreConfig(kind="samples", num_samples=3, sampling_power=0.5, bits=32))
     check_store(StoreConfig(kind="hidden", hidden_dtype="fp32"), 97)

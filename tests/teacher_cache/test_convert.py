@@ -87,7 +87,7 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def settings(store: StoreConfig | None = None) -> Row:
-    store = store or StoreConfig(bits=32, top_k=K)
+    store = store or StoreConfig("top_k", bits=32, top_k=K)
     return {"teacher": "T", "tokenizer": tiny_runs.TEACHER_ASSETS, "vocab_size": VOCAB, "store": store}
 
 
@@ -128,7 +128,7 @@ def test_the_cache_has_what_the_teacher_said(form: str, tmp_path: Path) -> None:
 
 def test_fewer_are_kept_if_wanted_and_more_files_added(tmp_path: Path) -> None:
     rows = Text().nemo_aligner()
-    few = settings(StoreConfig(top_k=3))
+    few = settings(StoreConfig("top_k", top_k=3))
     from_nemo_aligner([write(tmp_path / "one.jsonl", rows[:5])], tmp_path / "cache", **few)
     cache = from_nemo_aligner([write(tmp_path / "two.jsonl", rows)], tmp_path / "cache", **few)
     assert len(cache) == len(rows)
@@ -177,7 +177,7 @@ def test_rows_that_are_refused(form: str, change: Row, message: str, tmp_path: P
 
 def test_what_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="such files tell the likeliest tokens alone"):
-        from_axolotl([], tmp_path / "cache", **settings(StoreConfig(kind="samples")))
+        from_axolotl([], tmp_path / "cache", **settings(StoreConfig("samples", num_samples=12)))
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{}\n{half")
     with pytest.raises(ValueError, match=r"line 1, cannot be used: KeyError: 'loss_mask'"):

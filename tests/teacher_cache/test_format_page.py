@@ -36,11 +36,11 @@ def make(store: StoreConfig, seed: int) -> TopK | Samples | Hidden:
 @pytest.mark.parametrize(
     "store",
     [
-        StoreConfig(),
-        StoreConfig(top_p=0.9, bits=16),
-        StoreConfig(top_k=VOCAB_SIZE),
-        StoreConfig(top_k=9, bits=32),
-        StoreConfig(kind="samples"),
+        StoreConfig("top_k"),
+        StoreConfig("top_k", top_p=0.9, bits=16),
+        StoreConfig("top_k", top_k=VOCAB_SIZE),
+        StoreConfig("top_k", top_k=9, bits=32),
+        StoreConfig("samples", num_samples=12),
         StoreConfig(kind="samples", num_samples=400, sampling_power=0.6, bits=16),
         StoreConfig(kind="hidden", hidden_dtype="fp32"),
     ],

@@ -39,7 +39,7 @@ from kdtune.teacher_cache import (
 )
 
 VOCAB_SIZE = 97
-CARD = Card(StoreConfig(top_k=5), VOCAB_SIZE, Teacher("tiny", "0123", "fp32"), "4567")
+CARD = Card(StoreConfig("top_k", top_k=5), VOCAB_SIZE, Teacher("tiny", "0123", "fp32"), "4567")
 HIDDEN_CARD = replace(CARD, store=StoreConfig(kind="hidden"), hidden={"size": 4})
 FIRST_ID = 2**64 - 40  # ids are of 64 bits, without sign
 
@@ -395,7 +395,7 @@ def test_a_lost_card_is_not_made_again(tmp_path: Path) -> None:
 def test_another_teacher_cannot_add(tmp_path: Path) -> None:
     write(tmp_path, range(3))
     with pytest.raises(ValueError, match=r"store.bits is 8 in the cache and 16 here; tokenizer is 4567 .* and x here"):
-        Writer(tmp_path, replace(CARD, store=StoreConfig(top_k=5, bits=16), tokenizer="x"))
+        Writer(tmp_path, replace(CARD, store=StoreConfig("top_k", top_k=5, bits=16), tokenizer="x"))
     check(tmp_path, range(3))
 
 
