@@ -6,8 +6,9 @@
     kdtune compare runs/llama_evaluation runs/baseline_evaluation
 
 Held-out text (`dataset`): cross-entropy, perplexity, bits per byte, accuracy, entropy, calibration; with a teacher both
-KL divergences and agreement. Tasks of lm-evaluation-harness (`tasks`). Every number has a standard error over examples.
-What each example adds is written, too, so that `kdtune compare` can say of two models which is better.
+KL divergences and agreement. Tasks of lm-evaluation-harness (`tasks`). Responses (`responses`): ROUGE-L of sampled
+answers against references. Every number has a standard error over examples. What each example adds is written, too, so
+that `kdtune compare` can say of two models which is better.
 """
 
 import time
@@ -18,7 +19,8 @@ import torch
 
 from kdtune import checkpoint, config, data, devices, distributed, generation, metrics, models, preflight, tokenizers
 from kdtune.config import MISSING, setting
-from kdtune.evaluation import estimates, results, text
+from kdtune.evaluation import estimates, responses, results, text
+from kdtune.evaluation.responses import ResponsesConfig
 from kdtune.evaluation.tasks import Tasks, TasksConfig, check_tasks, run_tasks, write_samples
 from kdtune.teacher import (
     FoundTeacher,
@@ -45,6 +47,7 @@ class Config:
     batch_size: int = setting(16, gt=0)  # rows, or prompts, that go through a model together
     num_token_examples: int = setting(8, ge=0)  # first examples of dataset that are written token by token
     tasks: TasksConfig | None = None  # tasks of lm-evaluation-harness; null: none
+    responses: ResponsesConfig | None = None  # prompts with references to answer; null: none
     sample_prompts: list[str] = setting([])  # texts that teacher and model continue greedily
     sample_max_new_tokens: int = setting(64, gt=0)  # length of those continuations
 
@@ -81,22 +84,29 @@ def main(cfg: Config) -> None:
     found: list[results.Result] = []
     examples: list[results.Example] = []
     tokens: list[results.TokenExample] = []
+    said: list[results.Response] = []
     work = Work()
     if inputs.examples is not None:
         with work:
             text_examples, tokens = measure_text(cfg, inputs, model, teacher)
-            work.num_tokens += sum(one.num_tokens for one in text_examples)
         found += estimates.results("text", text_examples)
         examples += text_examples
+        work.num_tokens += sum(one.num_tokens for one in text_examples)
         if inputs.teacher is not None:
             print(f"teacher: {inputs.teacher.judge(found[0].metrics['teacher_ce'].value)}")
-    answered = None
+    of_tasks = None
     if inputs.tasks is not None:
         with work:
-            answered = run_tasks(inputs.tasks, model, inputs.tokenizer, ranks)
-        found += answered.results
-        examples += answered.examples
-        work.num_tokens += answered.num_tokens
+            of_tasks = run_tasks(inputs.tasks, model, inputs.tokenizer, ranks)
+        found += of_tasks.results
+        examples += of_tasks.examples
+        work.num_tokens += of_tasks.num_tokens
+    if inputs.prompts:
+        with work:
+            answered, response_examples, said = measure_responses(cfg, inputs, model)
+        found += answered
+        examples += response_examples
+        work.num_tokens += sum(one.num_tokens for one in response_examples)
     samples = continue_prompts(cfg, inputs, model, teacher)
 
     evaluation = results.Evaluation(
@@ -112,9 +122,9 @@ def main(cfg: Config) -> None:
         output_dir = Path(cfg.output_dir)
         checkpoint.begin(output_dir)
         checkpoint.record(output_dir, config.to_yaml(cfg), recipe=Path(__file__))
-        if answered is not None:
-            write_samples(output_dir, answered)
-        results.write(output_dir, evaluation, examples, tokens)
+        if of_tasks is not None:
+            write_samples(output_dir, of_tasks)
+        results.write(output_dir, evaluation, examples, tokens, said)
     for sample in samples:
         print(f"\nprompt:   {sample.prompt}")
         if sample.teacher is not None:
@@ -162,6 +172,25 @@ def measure_text(
     return [one.example for one in ordered], tokens
 
 
+def measure_responses(
+    cfg: Config, inputs: "Inputs", model: models.Decoder
+) -> tuple[list[results.Result], list[results.Example], list[results.Response]]:
+    """How near the model's responses come to their references."""
+    assert cfg.responses is not None
+    ranks, prompts = inputs.ranks, inputs.prompts
+    batches = responses.in_batches(prompts, cfg.batch_size)
+    said: responses.Said = {}
+    with metrics.progress_bar(len(prompts) * len(cfg.responses.seeds)) as bar:
+        for seed in cfg.responses.seeds:
+            for i in range(0, len(batches), ranks.num_replicas):  # each takes a batch
+                for batch in batches[i + ranks.replica : i + ranks.replica + 1]:
+                    said |= responses.respond(model, batch, cfg.responses, seed, inputs.tokenizer)
+                bar.update(sum(map(len, batches[i : i + ranks.num_replicas])))
+    for part in ranks.gather(said):  # those that hold a model together have said the same
+        said |= part
+    return responses.score(said, prompts, cfg.responses, inputs.tokenizer)
+
+
 def continue_prompts(
     cfg: Config, inputs: "Inputs", model: models.Decoder, teacher: LiveTeacher | None
 ) -> list[results.Sample]:
@@ -193,6 +222,7 @@ class Inputs:
     examples: data.Examples | data.Blend | None  # the held-out text
     batches: dict[str, data.ValBatches]  # of each of its sources; empty without
     tasks: Tasks | None  # of lm-evaluation-harness
+    prompts: list[responses.Prompt]  # to answer; empty without
 
 
 def check(cfg: Config) -> Inputs:
@@ -229,14 +259,19 @@ def check(cfg: Config) -> Inputs:
         dtype = cfg.teacher.dtype or cfg.dtype
         teacher_model = describe(cfg.teacher_checkpointer, teacher.config, dtype, cfg.teacher.quantization)
 
-    examples, batches = None, {}
+    examples, batches, rows = None, {}, None
+    questions: list[responses.Prompt] = []
+    max_seq_len = cfg.tokenizer.max_seq_len
     if cfg.dataset is not None:
         data.check_validation(cfg.dataset, "dataset")
-        max_seq_len = cfg.tokenizer.max_seq_len
         preflight.check_sequence_length(max_seq_len, "tokenizer.max_seq_len", model, "model")
         examples = data.load(cfg.dataset, tokenizer, max_seq_len, vocab_size=vocab_size)
         batches = data.batches_by_source(examples, cfg.dataset, cfg.batch_size, ranks.share)
     tasks = None if cfg.tasks is None else check_tasks(cfg.tasks, tokenizer, model)
+    if cfg.responses is not None:
+        rows, questions = responses.load(cfg.responses, tokenizer, max_seq_len, vocab_size)
+        tokens = [prompt.tokens for prompt in questions]
+        preflight.check_prompts(tokens, cfg.responses.max_new_tokens, "responses.dataset", model, "model")
     prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
     for role, one in (("model", model), ("teacher", None if teacher is None else teacher.config)):
         if one is not None:
@@ -249,6 +284,8 @@ def check(cfg: Config) -> Inputs:
         print(f"data      {examples.summary()}")
     if tasks is not None:
         print(f"tasks     {tasks.describe()}")
+    if rows is not None:
+        print(f"prompts   {rows.summary()}")
     print(f"run       {cfg.dtype} on {ranks.describe()}, into {cfg.output_dir}")
     ranks.wait()  # so that nobody writes while another still looks at what is there
     return Inputs(
@@ -260,6 +297,7 @@ def check(cfg: Config) -> Inputs:
         examples=examples,
         batches=batches,
         tasks=tasks,
+        prompts=questions,
     )
 
 
@@ -269,10 +307,17 @@ def check_settings(cfg: Config) -> None:
     Raises:
         ValueError: which settings, why and what to do.
     """
-    if cfg.dataset is None and cfg.tasks is None:
+    if cfg.dataset is None and cfg.tasks is None and cfg.responses is None:
         raise ValueError(
-            "Nothing is to be measured. Give dataset.source=<file or folder of held-out text>, or tasks.names=[<tasks "
-            "of lm-evaluation-harness>]."
+            "Nothing is to be measured. Give dataset.source=<file or folder of held-out text>, "
+            "responses.dataset.source=<prompts with references>, or tasks.names=[<tasks of lm-evaluation-harness>]."
+        )
+    if cfg.responses is not None:
+        responses.check(cfg.responses)
+    if cfg.dataset is None and cfg.teacher_checkpointer is not None and not cfg.sample_prompts:
+        raise ValueError(
+            "teacher_checkpointer is held against the model on dataset, and continues sample_prompts, and there is "
+            "neither. Give one of them, or leave the teacher out."
         )
     for name in ("cache_dir", "compare_quantization"):
         if value := getattr(cfg.teacher, name):

@@ -89,6 +89,8 @@ def evaluate(folder: Path, rows: Path, *settings: str) -> dict[str, Any]:
     """What `evaluate` finds of one model beside another."""
     given = [f"{role}.checkpoint_dir={folder / name}" for role, name in PAIR.items()]
     given += [f"dataset.source={rows}", "dataset.format=completion", "tokenizer.max_seq_len=64", "batch_size=2"]
+    given += [f"responses.dataset.source={rows}", "responses.dataset.format=completion"]
+    given += ["responses.seeds=[0,1]", "responses.max_new_tokens=4"]
     given += ["sample_prompts=[Tom has]", "sample_max_new_tokens=4", "device=cpu", "dtype=fp32"]
     main(["run", "evaluate", *given, f"output_dir={folder / 'evaluation'}", "overwrite_output_dir=true", *settings])
     if os.environ.get("RANK", "0") != "0":
@@ -98,6 +100,7 @@ def evaluate(folder: Path, rows: Path, *settings: str) -> dict[str, Any]:
         "metrics": [{name: (m.value, m.stderr) for name, m in one.metrics.items()} for one in found.results],
         "ids": [one.id for one in results.read_examples(folder / "evaluation")],
         "samples": [(one.student, one.teacher) for one in found.samples],
+        "responses": [one.responses for one in results.read_responses(folder / "evaluation")],
         "tokens": [one.tokens for one in results.read_tokens(folder / "evaluation")],
     }
 
@@ -117,7 +120,7 @@ def test_evaluate_in_two_processes(in_two: Path, tiny: Path) -> None:
     expected = evaluate(in_two, rows)
     first, _ = ranks.run(2, evaluate_in_two, in_two, in_two, rows)
     for found in first:
-        for name in ("ids", "samples", "tokens"):
+        for name in ("ids", "samples", "responses", "tokens"):
             assert found[name] == expected[name]
         for one, other in zip(found["metrics"], expected["metrics"], strict=True):
             for name, numbers in other.items():

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdtune import data, tokenizers
+from kdtune import checkpoint, data, tokenizers
 from kdtune.cli.main import main
 from kdtune.evaluation import results
+from kdtune.evaluation.rouge import rouge_l
+from kdtune.generation import generate
 
 Evaluate = Callable[..., Path]
 PADDED = 2100  # entries of a vocabulary that has more than the tokenizer
@@ -166,7 +168,8 @@ def test_what_is_written(evaluate: Evaluate, tiny: Path, capsys: pytest.CaptureF
     }
     printed = capsys.readouterr().out
     assert (folder / "evaluation.md").read_text() in printed
-    assert "tokens/s" in printed
+    assert "\n169 tokens, " in printed
+    assert " tokens/s" in printed
     found = results.read(folder)
     assert (found.model.name, found.model.dtype, found.model.num_layers) == (str(tiny / "student"), "fp32", 1)
     assert found.teacher is None
@@ -226,11 +229,92 @@ def test_a_blend_has_rows_for_its_sources(evaluate: Evaluate, tiny: Path, tmp_pa
     assert ce[0] == pytest.approx(ce[1] + ce[2])
 
 
+RESPONSES = ["responses.dataset.format=completion", "responses.max_new_tokens=6", "responses.seeds=[3,4]"]
+
+
+@pytest.fixture
+def answer(evaluate: Evaluate, tiny: Path, trained: Path) -> Evaluate:
+    """`answer("batch_size=2")`: the model that knows the rows answers their prompts."""
+    of_rows = f"responses.dataset.source={tiny / 'rows.jsonl'}"
+    return lambda *overrides: evaluate(
+        "dataset=null", f"checkpointer.checkpoint_dir={trained}", of_rows, *RESPONSES, *overrides
+    )
+
+
+def test_responses_are_those_of_generate(answer: Evaluate, tiny: Path, trained: Path) -> None:
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    found = results.read_responses(answer())
+    assert [one.reference for one in found] == [row["completion"] for row in rows]
+    assert [one.prompt for one in found] == ["<|begin_of_text|>" + row["prompt"] for row in rows]
+    model = checkpoint.load_model(trained, dtype=torch.float32, device="cpu")
+    tokenizer = tokenizers.load(trained)
+    for row, one in zip(rows, found, strict=True):
+        for seed, text, rouge in zip((3, 4), one.responses, one.rouge_l, strict=True):
+            settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": seed, "rows": [int(one.id, 16)]}
+            (tokens,) = generate(model, [tokenizer.encode(row["prompt"])], stop_ids=tokenizer.eos_ids, **settings)
+            assert text == tokenizer.decode(tokens)
+            assert rouge == rouge_l(text, row["completion"])
+    assert len({text for one in found for text in one.responses}) > 3
+
+
+def test_metrics_of_responses(answer: Evaluate) -> None:
+    folder = answer()
+    rouge = np.array([one.rouge_l for one in results.read_responses(folder)])  # [rows, seeds]
+    assert rouge.max() > 0
+    (whole, *of_seeds) = results.read(folder).results
+    assert [one.subset for one in (whole, *of_seeds)] == [None, "seed 3", "seed 4"]
+    metric = whole.metrics["rouge_l"]
+    assert metric.value == pytest.approx(rouge.mean())
+    assert metric.stderr == pytest.approx(rouge.mean(1).std(ddof=1) / math.sqrt(len(rouge)))
+    assert [one.metrics["rouge_l"].value for one in of_seeds] == pytest.approx(rouge.mean(0))
+    assert whole.num_tokens == pytest.approx(whole.metrics["response_tokens"].value * 2 * len(rouge))
+    examples = results.read_examples(folder)
+    assert [one.values["rouge_l"] for one in examples] == pytest.approx(rouge.mean(1))
+
+
+def test_responses_do_not_depend_on_batches_and_other_rows(answer: Evaluate) -> None:
+    found = results.read_responses(answer("batch_size=1"))
+    assert results.read_responses(answer("batch_size=4")) == found
+    assert results.read_responses(answer("responses.dataset.split=[3:7]", "batch_size=3")) == found[3:7]
+
+
+def test_greedy_responses_end_by_themselves(answer: Evaluate) -> None:
+    """The model was trained on these rows."""
+    greedy = ["responses.temperature=0", "responses.seeds=[0]", "responses.max_new_tokens=40"]
+    found = metrics(answer(*greedy), task="responses")
+    assert found["ended"] > 0.5
+    assert found["rouge_l"] > 0.5
+
+
+def test_the_last_turn_of_a_chat_is_the_reference(answer: Evaluate, tmp_path: Path) -> None:
+    turns = ["Tom has 3 apples", "He has 3.", "And one more?", "He has 4 apples."]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    chat = [f"responses.dataset.source={tmp_path / 'chat.jsonl'}", "responses.dataset.format=chat"]
+    (found,) = results.read_responses(answer(*chat))
+    assert found.reference.strip() == turns[-1]
+    assert turns[1] in found.prompt
+    assert found.prompt.rstrip().endswith("Answer:")
+
+
+def test_a_blend_of_prompts(answer: Evaluate, tiny: Path) -> None:
+    blend = []
+    for name, split in (("a", "[:4]"), ("b", "[2:5]")):  # two rows are in both
+        section = f"responses.dataset.sources.{name}"
+        blend += [f"{section}.source={tiny / 'rows.jsonl'}", f"{section}.format=completion", f"{section}.split={split}"]
+    folder = answer("responses.dataset.source=null", "responses.dataset.format=instruct", *blend)
+    found = [(one.subset, one.num_examples) for one in results.read(folder).results]
+    assert found == [(None, 7), ("a", 4), ("b", 3), ("seed 3", 7), ("seed 4", 7)]
+
+
 def test_the_tiny_config(tmp_path: Path) -> None:
     main(["run", "evaluate", "--config", "tiny", f"output_dir={tmp_path / 'run'}"])
     found = metrics(tmp_path / "run")
     assert 0 < found["kl_from_teacher"] < 0.01
     assert found["ce"] < 2
+
+
+ASKED = ["responses.dataset.source={rows}", "responses.dataset.format=completion"]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +333,20 @@ def test_the_tiny_config(tmp_path: Path) -> None:
         (["teacher_checkpointer.checkpoint_dir=t", "teacher.cache_dir=c"], "teacher.cache_dir=c is for training"),
         (["tokenizer.max_seq_len=512"], "the model was built for 128 positions"),
         (["sample_prompts=[a]", "sample_max_new_tokens=128"], "sample_prompts: prompt 1 with 128 new tokens"),
+        (["dataset=null", "responses.dataset.split=[:3]"], "responses.dataset has no rows: give"),
+        ([*ASKED, "responses.seeds=[]"], "responses.seeds=[]: give at least one"),
+        ([*ASKED, "responses.seeds=[1,1]"], "and each once"),
+        ([*ASKED, "responses.temperature=0"], "more than one of seeds change nothing"),
+        ([*ASKED, "responses.dataset.train_on_input=true"], "makes a reference of the prompt"),
+        ([*ASKED, "responses.dataset.format=text"], "responses.dataset.format=text has no prompts"),
+        ([*ASKED, "responses.dataset.too_long=truncate"], "cuts references"),
+        ([*ASKED, "responses.dataset.packed=true"], "prompts are answered in batches of their length"),
+        ([*ASKED, "responses.dataset.format=instruct"], "no column 'instruction'; there are: prompt, completion"),
+        (ASKED, "responses.dataset: prompt 1 with 256 new tokens"),
+        (
+            [*ASKED, "dataset=null", "responses.max_new_tokens=5", "teacher_checkpointer.checkpoint_dir=t"],
+            "continues sample_prompts, and there is neither",
+        ),
         (["parallel.context=2"], "there is 1 process"),
         (["parallel.reshard_after_forward=false"], "for its backward, and this model has none"),
         (["output_dir={tiny}", "checkpointer.checkpoint_dir={tiny}/model"], "is part of the run in output_dir"),
@@ -259,6 +357,7 @@ def test_refusals(
     overrides: list[str],
     message: str,
     evaluate: Evaluate,
+    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -276,7 +375,7 @@ def test_refusals(
     tiny_runs.write_model(run / "model", seed=0)
     (run / "versions.json").write_text("{}")
     with pytest.raises(SystemExit) as end:
-        evaluate(*(one.format(tiny=run) for one in overrides))
+        evaluate(*(one.format(tiny=run, rows=tiny / "rows.jsonl") for one in overrides))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
