@@ -30,7 +30,7 @@ def sentences(groups: Sequence[Group], brief: bool = False) -> list[Markup]:
     if len(groups) == 1:
         said += [_course(groups[0], quantity) for quantity in measured]
     elif same_validation(runs):
-        said += [line for quantity in measured if (line := _best(groups, quantity))]
+        said += [line for quantity in _comparable(measured, runs) if (line := _best(groups, quantity))]
         if any(
             seeds.difference(_by_seed(group, VALIDATION[0]), _by_seed(groups[0], VALIDATION[0])) for group in groups[1:]
         ):
@@ -53,10 +53,21 @@ def same_validation(runs: Sequence[Run]) -> bool:
     return not validation_settings(runs)
 
 
+def _teachers(runs: Sequence[Run]) -> list[float]:
+    """The validation cross-entropy of the teachers, by which they are told apart; lowest and highest."""
+    levels = [level for run in runs if not math.isnan(level := run.last("val_teacher_ce_loss"))]
+    return [min(levels), max(levels)] if levels and max(levels) - min(levels) > 1e-3 else []
+
+
+def _comparable(measured: Sequence[Quantity], runs: Sequence[Run]) -> list[Quantity]:
+    """Distances to different teachers are not."""
+    return [one for one in measured if one.key == "val_ce_loss" or not _teachers(runs)]
+
+
 def validation_settings(runs: Sequence[Run]) -> list[str]:
     """The settings by which runs were validated on different rows."""
     validated = [run for run in runs if "val_ce_loss" in run.series]
-    about_rows = ("dataset_val", "tokenizer.", "dataset.prompt_template")
+    about_rows = ("dataset_val", "tokenizer.")
     return [one.key for one in differences(validated) if one.key.startswith(about_rows)]
 
 
@@ -66,6 +77,11 @@ def warnings(runs: Sequence[Run]) -> Iterator[str]:
         yield (
             f"The runs were validated on different rows ({', '.join(keys)} differ), so that their validation numbers "
             "cannot be compared. kdtune run evaluate measures all on the same."
+        )
+    elif teachers := _teachers(runs):
+        yield (
+            f"The teachers differ: their own validation cross-entropy is from {number(teachers[0])} to "
+            f"{number(teachers[1])}. Distances to them, and agreement with them, cannot be compared."
         )
     gaps = []
     for run in runs:
@@ -174,9 +190,10 @@ def _estimate(values: Sequence[float], quantity: Quantity) -> str:
     found = seeds.estimate(values)
     if found.stderr is None:
         return number(found.mean, quantity.share)
-    if quantity.share:
-        return f"{100 * found.mean:.1f} ± {100 * found.stderr:.1f}%"
-    return f"{found.mean:.3f} ± {found.stderr:.3f}"
+    scale, decimals, unit = (100, 1, "%") if quantity.share else (1, 3, "")
+    if 0 < scale * found.stderr < 0.5 * 10**-decimals:
+        decimals += 1
+    return f"{scale * found.mean:.{decimals}f} ± {scale * found.stderr:.{decimals}f}{unit}"
 
 
 def overview(groups: Sequence[Group]) -> Markup:
@@ -189,7 +206,7 @@ def overview(groups: Sequence[Group]) -> Markup:
     head += ["tokens/s", "peak GiB"]
     bests = {}
     if len(groups) > 1 and same_validation(runs):
-        for one in measured:
+        for one in _comparable(measured, runs):
             ends = [seeds.estimate(values).mean for group in groups if (values := group.finals(one.key))]
             if one.better and ends:
                 bests[one.key] = _BEST[one.better](ends)
@@ -217,8 +234,8 @@ def _column(quantity: Quantity) -> Markup:
 
 def _teacher_row(runs: Sequence[Run], measured: Sequence[Quantity], num_columns: int) -> list[object] | None:
     """The teacher's own validation, if it is the same in all runs."""
-    levels = [run.last("val_teacher_ce_loss") for run in runs if "val_teacher_ce_loss" in run.series]
-    if not levels or max(levels) - min(levels) > 1e-3:
+    levels = [level for run in runs if not math.isnan(level := run.last("val_teacher_ce_loss"))]
+    if not levels or _teachers(runs):
         return None
     own = {"val_ce_loss": number(levels[0]), "val_kd_loss": "0", "val_agreement": "100%"}
     cells = [own.get(one.key, "") for one in measured]

@@ -48,7 +48,10 @@ def read(folders: Sequence[Path]) -> Material:
     warnings: list[str] = []
     for folder in folders:
         _check(folder)
-        members = _sweep(folder, warnings) if (folder / SWEEP).is_file() else [(folder, None)]
+    sweeps = {folder.resolve() for folder in folders if (folder / SWEEP).is_file()}
+    for folder in folders:
+        is_sweep = (folder / SWEEP).is_file()
+        members = _sweep(folder, warnings, with_name=len(sweeps) > 1) if is_sweep else [(folder, None)]
         for member, variant in members:
             if (member / METRICS).is_file():
                 runs.setdefault(member.resolve(), variant)
@@ -89,13 +92,14 @@ def _check(folder: Path) -> None:
     raise ValueError(f"{folder} is not {kinds}. {hint}")
 
 
-def _sweep(folder: Path, warnings: list[str]) -> list[tuple[Path, str | None]]:
-    """Folders of the runs that have begun, and their variants."""
+def _sweep(folder: Path, warnings: list[str], *, with_name: bool) -> list[tuple[Path, str | None]]:
+    """Folders of the runs that have begun, and their variants, of several sweeps with the name of this one."""
     path = folder / SWEEP
     try:
         sweep = json.loads(path.read_text(encoding="utf-8"))
         version = sweep["kdtune_sweep"]
-        listed = [(folder / run["name"], _variant(run["values"]), run.get("state")) for run in sweep["runs"]]
+        prefix = f"{folder.resolve().name}: " if with_name else ""
+        listed = [(folder / run["name"], _variant(prefix, run["values"]), run.get("state")) for run in sweep["runs"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what kdtune sweep writes: {error!r}. Was it edited or cut short?") from None
     if version != SWEEP_VERSION:
@@ -113,9 +117,10 @@ def _sweep(folder: Path, warnings: list[str]) -> list[tuple[Path, str | None]]:
     return begun
 
 
-def _variant(values: Mapping[str, Any]) -> str | None:
+def _variant(prefix: str, values: Mapping[str, Any]) -> str | None:
     """All that a run has in common with those of other seeds."""
-    return ", ".join(f"{key}={value}" for key, value in values.items() if key != "seed") or None
+    said = ", ".join(f"{key}={value}" for key, value in values.items() if key != "seed")
+    return prefix + said if said else None
 
 
 def _has(folder: Path, *names: str) -> bool:

@@ -56,8 +56,8 @@ def _title(material: Material) -> str:
     names = [run.name for run in material.runs] or [one.name for one in material.evaluations]
     if len(names) <= 3:
         return ", ".join(names)
-    folders = {(run.folder.parent.name) for run in material.runs}
-    return folders.pop() if len(folders) == 1 else f"{names[0]} and {len(names) - 1} more"
+    folders = list(dict.fromkeys(run.folder.parent.name for run in material.runs))
+    return ", ".join(folders) if 0 < len(folders) <= 4 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _count(material: Material) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,14 +179,17 @@ class Group:
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by their variant of a sweep, or else by their settings; in the order given.
 
+    Runs that differ in nothing, not even the seed, are no sample of anything, and stay apart.
     A group of several runs that no sweep has named is named after the settings in which the groups differ.
     """
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         others = {key: value for key, value in run.compared.items() if key != "seed"}
-        found.setdefault(run.variant or json.dumps([others, run.seed is None and run.name], default=str), []).append(
-            run
-        )
+        name = run.variant or json.dumps(others, default=str)
+        repeat = 0
+        while any(run.seed == one.seed for one in found.get((name, repeat), ())):
+            repeat += 1
+        found.setdefault((name, repeat), []).append(run)
     names = _names(list(found.values()))
     named = [Group(name, members) for name, members in zip(names, found.values(), strict=True)]
     looks = _looks(named)
@@ -209,4 +213,7 @@ def _names(members: Sequence[Sequence[Run]]) -> list[str]:
         settings = ", ".join(f"{one.key}={shown(one.values[i])}" for one in differ)
         of_several = settings if 0 < len(settings) <= 60 else group[0].name
         names.append(group[0].variant or (group[0].name if len(group) == 1 else of_several))
-    return names if len(set(names)) == len(names) else [group[0].name for group in members]
+    if len(set(names)) < len(names):
+        return [group[0].name for group in members]
+    short = [re.sub(r"(?<==)[^,]*/(?=[^/,]+/[^/,]+(,|$))", "", name) for name in names]  # of paths their ends
+    return short if len(set(short)) == len(short) else names

@@ -40,12 +40,13 @@ def tokens(evaluations: Sequence[Evaluated]) -> str:
     """Texts of which each token is coloured, and the tokens that stand out."""
     has_teacher = any(example.kl is not None for one in evaluations for example in one.tokens)
     parts = [_scale("KL to the teacher" if has_teacher else "cross-entropy")]
-    for one in evaluations:
+    with_tokens = [one for one in evaluations if one.tokens]
+    for one in with_tokens:
         if len(evaluations) > 1:
             parts.append(element("h3", one.name) + "\n")
         parts.append(_furthest(one.tokens))
         ranked = [_example(example) for example in sorted(one.tokens, key=_mean, reverse=True)]
-        num_open = _MOST_TEXTS if one is evaluations[0] else 0
+        num_open = _MOST_TEXTS if one is with_tokens[0] else 0
         parts += ranked[:num_open]
         if rest := "".join(ranked[num_open:]):
             count = f"{len(ranked) - num_open} {'more' if num_open else 'texts'}"

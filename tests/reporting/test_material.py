@@ -78,6 +78,12 @@ def test_groups_and_their_names(tmp_path: Path) -> None:
     assert [one.key for one in runs.differences(read)] == ["kd_ratio", "seed"]
 
 
+def test_runs_that_differ_in_nothing_stay_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    groups = runs.groups(material.read(folders).runs)
+    assert [(group.name, len(group.runs)) for group in groups] == [("a", 1), ("b", 1)]
+
+
 def test_a_sweep_is_its_runs(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", {"a": 0.0, "b": 0.1})
     read = material.read([folder, folder / "a-seed0"])
@@ -90,6 +96,9 @@ def test_a_sweep_is_its_runs(tmp_path: Path) -> None:
     read = material.read([folder])
     assert len(read.runs) == 5
     assert read.warnings == ["sweep: 1 of 6 runs have not begun: b-seed2"]
+    other = write_sweep(tmp_path / "other", {"a": 0.0})
+    names = [group.name for group in runs.groups(material.read([folder, other]).runs)]
+    assert names == ["sweep: kd_loss.name=a", "sweep: kd_loss.name=b", "other: kd_loss.name=a"]
     moved = folder.rename(tmp_path / "moved")
     assert len(material.read([moved]).runs) == 5
 

@@ -59,6 +59,19 @@ def test_validation_on_different_rows_is_not_compared(tmp_path: Path) -> None:
     assert "Lowest validation" not in page.text
 
 
+def test_distances_to_different_teachers_are_not_compared(tmp_path: Path) -> None:
+    folders = [
+        write_run(
+            tmp_path / name, lines=[{"step": 1, "val_ce_loss": ce, "val_kd_loss": 1.0, "val_teacher_ce_loss": ce}]
+        )
+        for name, ce in (("a", 1.5), ("b", 1.25))
+    ]
+    page = check(render(*folders))
+    assert "The teachers differ: their own validation cross-entropy is from 1.250 to 1.500." in page.text
+    assert "Lowest validation cross-entropy: b" in page.text
+    assert "Lowest KL" not in page.text
+
+
 def test_a_page_of_a_sweep(tmp_path: Path) -> None:
     page = check(render(write_sweep(tmp_path / "sweep", {"plain": 0.0, "better": 0.1})))
     # The seeds add 0, 0.01 and 0.02 to both, and to `better` another 0, 0.001 and 0.002.
