@@ -124,6 +124,7 @@ def _draw(of: _Distributions, keys: Keys, store: StoreConfig, seed: int) -> Samp
     mass = weights.cumsum(-1, dtype=torch.float64)  # [n, v]
     numbers = torch.from_numpy(_numbers(keys, store.num_samples, seed)).to(mass.device)  # [n, num_samples]
     draws = torch.searchsorted(mass, numbers * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+    draws = draws.sort(-1).values  # here, where it is fast: of sorted ones the host counts equal ones in half the time
     log_ratios = None
     if store.sampling_power != 1:
         log_proposal = store.sampling_power * of.below.gather(-1, draws) - mass[:, -1:].log()
