@@ -336,7 +336,7 @@ def _run(given: Given) -> None:
     given.copy("enable_async_checkpointing", "save_in_background")
     if not given.peek("resume_from_checkpoint"):
         given.copy("resume_from_checkpoint")
-    why = "a run of torchtune cannot be continued. The student's folder can be what it wrote."
+    why = "a run of torchtune cannot be continued. checkpointer.checkpoint_dir can be what it wrote."
     given.tell("lost", "resume_from_checkpoint", why)
 
 
