@@ -125,12 +125,10 @@ class Scorer:
         of_teacher = None if targets is None else logits_of(targets.hidden, targets.head, batch.scored, chunk_size)
         found: dict[str, list[Tensor]] = defaultdict(list)
         for part, logits in of_student:
-            teacher_logits = () if of_teacher is None else next(of_teacher)[1].split(rows)
-            blocks = zip(logits.split(rows), labels[part].split(rows), strict=True)
-            for i, (block, block_labels) in enumerate(blocks):
-                values = _student_values(block, block_labels)
-                if teacher_logits:
-                    values |= _values_beside(block, teacher_logits[i], block_labels)
+            theirs = None if of_teacher is None else next(of_teacher)[1]
+            for start in range(0, len(logits), rows):
+                block = slice(start, start + rows)
+                values = _values(logits[block], None if theirs is None else theirs[block], labels[part][block])
                 for name, value in values.items():
                     found[name].append(value)
         on_host = {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
@@ -140,37 +138,39 @@ class Scorer:
         return Tokens(sums, confidence, student_top, teacher_top)
 
 
-def _student_values(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """[r] each, from [r, v] and [r, 1]."""
-    log_q = logits.log_softmax(-1)
+def _values(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    """[r] each, from [r, v], [r, v_t] and [r, 1]."""
+    log_q = logits.log_softmax(-1).clamp_(min=_LOG_ZERO)
+    q = log_q.exp()
     largest, top = log_q.max(-1)
-    return {
+    values = {
         "ce": -log_q.gather(-1, labels)[:, 0],
         "accuracy": top == labels[:, 0],
         "confidence": largest.exp(),
         "student_top": top,
-        "entropy": torch.special.entr(log_q.exp()).sum(-1),
+        "entropy": -(q * log_q).sum(-1),
     }
-
-
-def _values_beside(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """[r] each, from [r, v], [r, v_t] and [r, 1]."""
+    if teacher_logits is None:
+        return values
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
-    log_q, log_p = (x[:, :shared].log_softmax(-1).clamp_(min=_LOG_ZERO) for x in (logits, teacher_logits))
-    p, q = log_p.exp(), log_q.exp()
+    log_p = teacher_logits[:, :shared].log_softmax(-1).clamp_(min=_LOG_ZERO)
+    p = log_p.exp()
+    if shared < logits.shape[-1]:
+        log_q = logits[:, :shared].log_softmax(-1).clamp_(min=_LOG_ZERO)
+        q, top = log_q.exp(), log_q.argmax(-1)
     log_ratio, rest = log_p - log_q, q - p  # `rest` is 0 in sum, and no term is below 0 with it
     forward, reverse = (p * log_ratio).add_(rest).sum(-1), -(q * log_ratio).add_(rest).sum(-1)
-    teacher_top = log_p.argmax(-1)
-    student_top = log_q.topk(min(_TOP, shared)).indices  # [r, 5]
-    return {
+    teacher_top = log_p.argmax(-1, keepdim=True)  # [r, 1]
+    num_likelier = (log_q > log_q.gather(-1, teacher_top)).sum(-1)  # in the student's distribution
+    return values | {
         "kl_from_teacher": forward.masked_fill(forward > _INFINITE, torch.inf),
         "kl_to_teacher": reverse.masked_fill(reverse > _INFINITE, torch.inf),
-        "top1_agreement": student_top[:, 0] == teacher_top,
-        "top5_agreement": (student_top == teacher_top[:, None]).any(-1),
+        "top1_agreement": top == teacher_top[:, 0],
+        "top5_agreement": num_likelier < _TOP,
         "teacher_ce": -log_p.gather(-1, labels)[:, 0],
-        "teacher_entropy": torch.special.entr(p).sum(-1),
-        "teacher_accuracy": teacher_top == labels[:, 0],
-        "teacher_top": teacher_top,
+        "teacher_entropy": -(p * log_p).sum(-1),
+        "teacher_accuracy": teacher_top[:, 0] == labels[:, 0],
+        "teacher_top": teacher_top[:, 0],
     }
 
 
