@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import tiny_runs
@@ -125,6 +127,58 @@ def test_evaluate_in_two_processes(in_two: Path, tiny: Path) -> None:
         for one, other in zip(found["metrics"], expected["metrics"], strict=True):
             for name, numbers in other.items():
                 assert one[name] == pytest.approx(numbers, rel=2e-5, abs=1e-7), name
+
+
+TASKS = {
+    "choices": {"output_type": "multiple_choice", "doc_to_choice": ["{{completion}}", "No.", " 7"], "doc_to_target": 0},
+    "texts": {"output_type": "loglikelihood_rolling", "doc_to_target": "{{prompt}}{{completion}}", "doc_to_text": ""},
+    "answers": {"output_type": "generate_until", "doc_to_target": "{{completion}}"},
+}
+METRICS = {"choices": "acc", "texts": "bits_per_byte", "answers": "exact_match"}
+
+
+def answers(folder: Path, *settings: str) -> dict[str, Any]:
+    """Of each task, what a model has answered, and the metrics."""
+    given = [f"checkpointer.checkpoint_dir={folder / 'teacher'}", f"output_dir={folder / 'answers'}"]
+    given += [f"tasks.include_path={folder / 'tasks'}", f"tasks.names=[{','.join(TASKS)}]", "tasks.max_tokens=100"]
+    given += ["tasks.log_samples=true", "device=cpu", "dtype=fp32", "overwrite_output_dir=true"]
+    main(["run", "evaluate", *given, *settings])
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    found = {}
+    for one in results.read(folder / "answers").results:
+        lines = (folder / "answers" / "tasks" / f"{one.task}.jsonl").read_text().splitlines()
+        said = [json.loads(line)["resps"] for line in lines]
+        found[one.task] = (said, {name: metric.value for name, metric in one.metrics.items()}, one.num_tokens)
+    return found
+
+
+def answers_in_two(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for layout in GENERATING:
+        ranks.meet_at_another_port(folder / f"port_of_answers_{layout}")
+        found.append(answers(folder, f"parallel.{layout}=2"))
+    return found
+
+
+def test_tasks_in_two_processes(in_two: Path, tiny: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kdtune[eval]'")
+    (in_two / "tasks").mkdir()
+    for name, task in TASKS.items():
+        files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tiny / "rows.jsonl")}}}
+        base = {"task": name, **files, "test_split": "test", "doc_to_text": "{{prompt}}"}
+        more = {"metric_list": [{"metric": METRICS[name]}], "generation_kwargs": {"max_gen_toks": 5, "until": ["."]}}
+        (in_two / "tasks" / f"{name}.yaml").write_text(json.dumps({**base, **more, **task}))
+    expected = answers(in_two)
+    first, _ = ranks.run(2, answers_in_two, in_two, in_two)
+    for found in first:
+        assert found["answers"] == expected["answers"]
+        for name in ("choices", "texts"):
+            for one, other in zip(found[name], expected[name], strict=True):
+                numbers, others = (
+                    np.array(list(part.values()) if isinstance(part, dict) else part) for part in (one, other)
+                )
+                np.testing.assert_allclose(numbers, others, rtol=2e-5)
 
 
 @pytest.fixture(scope="module")
