@@ -86,6 +86,7 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             "--rows 2 --steps 1",
         ),
         ("data.py", "grouped packed", "--examples 20 --max-seq-len 512"),
+        ("scoring.py", "kdtune apart hf-8", "--questions 2 --shots 1"),
         (
             "adapters.py",
             "all lora dora",

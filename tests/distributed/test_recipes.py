@@ -174,11 +174,10 @@ def test_tasks_in_two_processes(in_two: Path, tiny: Path) -> None:
     for found in first:
         assert found["answers"] == expected["answers"]
         for name in ("choices", "texts"):
-            for one, other in zip(found[name], expected[name], strict=True):
-                numbers, others = (
-                    np.array(list(part.values()) if isinstance(part, dict) else part) for part in (one, other)
-                )
-                np.testing.assert_allclose(numbers, others, rtol=2e-5)
+            (said, metrics, num_tokens), (expected_said, expected_metrics, count) = found[name], expected[name]
+            np.testing.assert_allclose(np.array(said), np.array(expected_said), rtol=2e-5)
+            assert metrics == pytest.approx(expected_metrics, rel=2e-5)
+            assert num_tokens == count
 
 
 @pytest.fixture(scope="module")

@@ -385,3 +385,22 @@ def test_results_are_not_overwritten_unasked(evaluate: Evaluate, capsys: pytest.
     with pytest.raises(SystemExit):
         evaluate("overwrite_output_dir=false")
     assert "already holds a run (examples.jsonl" in capsys.readouterr().err.replace("evaluation.json, ", "")
+
+
+def test_tasks_beside_text(evaluate: Evaluate, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are written into one folder, and what was asked and answered if that is wanted."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kdtune[eval]'")
+    docs = Path(__file__).resolve().parents[2] / "docs" / "tasks"
+    settings = ["tasks.names=[capitals]", f"tasks.include_path={docs}"]
+    folder = evaluate(*settings, "tasks.log_samples=true")
+    assert "tasks     capitals (6)" in capsys.readouterr().out
+    assert [one.task for one in results.read(folder).results] == ["text", "capitals"]
+    assert set(metrics(folder, "capitals")) == {"acc", "acc_norm"}
+    examples = [one for one in results.read_examples(folder) if one.task == "capitals"]
+    assert np.mean([one.values["acc"] for one in examples]) == metrics(folder, "capitals")["acc"]
+    questions = [json.loads(line) for line in (docs / "capitals.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "tasks" / "capitals.jsonl").read_text().splitlines()]
+    assert [one["doc"] for one in samples] == questions
+    evaluate("dataset=null", *settings)
+    assert [one.task for one in results.read(folder).results] == ["capitals"]
+    assert not (folder / "tasks").exists(), "of the run before"
