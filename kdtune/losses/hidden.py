@@ -10,6 +10,7 @@ arXiv:1909.10351). All of it is in float32, or in float64 for such models.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from kdtune.losses.chunked import IGNORE, Loss
 from kdtune.losses.pairs import DistanceName, Pair, ProjectionName
+from kdtune.losses.relations import relation
 from kdtune.losses.targets import SparseTargets, Targets
 from kdtune.losses.vocabulary import Vocabulary
 
@@ -52,7 +54,7 @@ def smooth_l1(s: Tensor, t: Tensor) -> Tensor:
     return F.smooth_l1_loss(s, t, reduction="none").mean(-1)
 
 
-# Each is of [..., d] and [..., d], and [...] then.
+# Each is of [..., d] and [..., d], and [...] then. `relation` is of whole rows.
 DISTANCES: Mapping[DistanceName, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": cosine,
     "mse": mse,
@@ -114,6 +116,7 @@ class HiddenLoss(nn.Module):
         vocabulary: Vocabulary | None = None,
         inputs: Literal["student", "teacher"] = "student",
         tokens: Literal["labelled", "all"] = "labelled",
+        relation_heads: int = 1,
     ) -> None:
         """
         Args:
@@ -123,11 +126,14 @@ class HiddenLoss(nn.Module):
             vocabulary: see above.
             inputs: `teacher`: after the student's module of a pair go on from the teacher's output.
             tokens: where they are compared: at positions with a label, or at all but padding.
+            relation_heads: of `relation`, see `kdtune.losses.relations`.
         """
         super().__init__()
         self.pairs = tuple(pair for pair in pairs if pair.distance is not None)
         self.instead = {pair.student: pair.teacher for pair in pairs} if inputs == "teacher" else {}
-        count = {None: 0, "shared": 1, "per_pair": len(pairs)}[projection]
+        self.relation_heads = relation_heads
+        num_projected = sum(pair.distance != "relation" for pair in self.pairs)
+        count = {None: 0, "shared": 1, "per_pair": num_projected}[projection]
         self.projections = nn.ModuleList(WidthProjection(*widths) for _ in range(count))
         self.vocabulary = vocabulary
         self.tokens = tokens
@@ -154,6 +160,7 @@ class HiddenLoss(nn.Module):
         labels: Tensor,
         num_tokens: int,
         lengths: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The distance of each pair, [pairs]: sums over the tokens that count, divided by `num_tokens`.
 
@@ -164,19 +171,26 @@ class HiddenLoss(nn.Module):
             labels: [b, s], of all positions of the group.
             num_tokens: of the whole optimizer step, those that count.
             lengths: [b], tokens of each row before its padding; None: all.
+            positions: [b, s], counted from 0 in each document; None: a row is one document.
         """
         assert isinstance(targets, Targets)
         counted = labels != IGNORE  # [b, s]
+        place = torch.arange(labels.size(1), device=labels.device)
         if self.tokens == "all":
-            place = torch.arange(labels.size(1), device=labels.device)
             counted = torch.ones_like(counted) if lengths is None else place < lengths[:, None]
         if self.vocabulary is not None:
             counted = _slice(counted, self.vocabulary)
         sums = []
-        for i, pair in enumerate(self.pairs):
+        projections = itertools.cycle(self.projections)
+        for pair in self.pairs:
             s, t = captured[pair.student], targets.captured[pair.teacher]
+            if pair.distance == "relation":
+                block = BLOCK if s.device.type == "cpu" else BLOCK_ON_GPU
+                first = torch.zeros_like(labels) if positions is None else place - positions
+                sums.append(relation(s, t, counted, first, self.relation_heads, block))
+                continue
             if self.projections:
-                s = self.projections[i % len(self.projections)](s)
+                s = next(projections)(s)
             if t.shape[:-1] != counted.shape:
                 t = t.new_zeros(*counted.shape, t.size(-1)).masked_scatter(counted[..., None], t)
             assert pair.distance is not None

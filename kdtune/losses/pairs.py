@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from kdtune.config import setting
 
-DistanceName = Literal["cosine", "mse", "normalized_mse", "l1", "smooth_l1"]
+DistanceName = Literal["cosine", "mse", "normalized_mse", "l1", "smooth_l1", "relation"]
 ProjectionName = Literal["shared", "per_pair"]
 _WHOLE = re.compile(r"model\.(embed_tokens|layers\.\d+|norm)")  # all that goes on, goes through it
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}")
@@ -28,6 +28,7 @@ class HiddenLossConfig:
     inputs: Literal["student", "teacher"] = "student"  # teacher: after each pair the student goes on from its output
     tokens: Literal["labelled", "all"] = "labelled"  # where it is computed; all: prompts and last tokens, too
     weight: float = setting(1.0, gt=0)  # of the mean over all pairs in the objective, times kd_ratio
+    relation_heads: int | None = setting(None, gt=0)  # of relation, a divisor of all widths; null: student's key heads
     projection: ProjectionName | None = None  # a trained map to the teacher's width; null: widths are the same
     projection_init: Literal["normal", "orthogonal"] = "normal"  # normal: as fresh weights of the student; bias 0
     balance: bool = False  # rescale the mean over pairs to the size of the divergence before they are weighted
@@ -89,6 +90,18 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
         distance = None if distance == "none" else distance
         found += [Pair(one, other, distance) for one, other in zip(*names, strict=True)]
     for pair in found:
+        of_heads = [".self_attn." in name for name in pair[:2]]
+        if (pair.distance == "relation") is not all(of_heads) or any(of_heads) is not all(of_heads):
+            raise ValueError(
+                f"hidden_loss.pairs has {pair.student} with {pair.teacher} and loss {pair.distance}: relation compares "
+                "queries, keys or values, such as model.layers.0.self_attn.keys, and nothing else does."
+            )
+    if cfg.relation_heads is not None and all(pair.distance != "relation" for pair in found):
+        raise ValueError(
+            f"hidden_loss.relation_heads={cfg.relation_heads} is about pairs with loss: relation, and there are none. "
+            "Leave it out."
+        )
+    for pair in found:
         if found.count(pair) > 1:
             raise ValueError(f"hidden_loss.pairs has {pair.student} with {pair.teacher} twice. Leave one of them out.")
     if all(pair.distance is None for pair in found):
@@ -117,8 +130,8 @@ def _check_blocks(
     for name in [name for pair in pairs for name in pair[:2]]:
         if not _WHOLE.fullmatch(name):
             raise ValueError(
-                f"hidden_loss.inputs=teacher lets the student go on from the teacher's output, and {name} is added to "
-                "a residual stream that would go on from the student's. Pair model.embed_tokens, layers such as "
+                f"hidden_loss.inputs=teacher lets the student go on from the teacher's output, and beside {name} a "
+                "residual stream goes on, which would be the student's. Pair model.embed_tokens, layers such as "
                 "model.layers.0, or model.norm."
             )
     for one, other in pairwise(sorted(pairs, key=lambda pair: student.index(pair.student))):

@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a layer, as they compute
+HEADS = ("self_attn.queries", "self_attn.keys", "self_attn.values")  # what attention makes its output of
 
 
 class RMSNorm(nn.Module):
@@ -68,12 +69,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(n, config.norm_eps) if config.qk_norm else None
         self.attend: Callable[..., Tensor] = attend  # or what has its arguments, for rows of which only a slice is here
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sight: Sight,
+        cache: KVCache | None,
+        seen: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         queries, keys, values = (  # [b, s, h, n]
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if seen is not None:
+            queries, keys, values = (seen(name, x) for name, x in zip(HEADS, (queries, keys, values), strict=True))
         queries = rotate(queries.transpose(1, 2), cos, sin)  # [b, h, s, n]
         keys = rotate(keys.transpose(1, 2), cos, sin)
         values = values.transpose(1, 2)
@@ -109,7 +120,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache | None, wanted: tuple[str, ...] = ()
     ) -> Any:
-        """What goes on to the next layer, [b, s, d]; if some of `PARTS` are wanted, a tuple that begins with it."""
+        """What goes on to the next layer, [b, s, d]; if `PARTS` or `HEADS` are wanted, a tuple with it first."""
         # Not with a cache, which grows with each token: code would be compiled for each length.
         compute = self._keep_less if self.compiled is None or cache is not None else self.compiled
         return compute(x, cos, sin, sight, cache, wanted)
@@ -133,7 +144,8 @@ class Layer(nn.Module):
             return output
 
         normed = self.input_layernorm(x)
-        x = x + seen("self_attn", self.self_attn(seen("input_layernorm", normed), cos, sin, sight, cache))
+        watched = (seen,) if wanted else ()
+        x = x + seen("self_attn", self.self_attn(seen("input_layernorm", normed), cos, sin, sight, cache, *watched))
         del normed  # as soon as it would go if nobody named it
         x = x + seen("mlp", self.mlp(seen("post_attention_layernorm", self.post_attention_layernorm(x))))
         return (x, *(found[part] for part in wanted)) if wanted else x
@@ -206,7 +218,7 @@ class Trunk(nn.Module):
         offloader = Offloader() if self.offload_activations and torch.is_grad_enabled() else None
         for number, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             name = f"model.layers.{number}"
-            wanted = tuple(part for part in PARTS if f"{name}.{part}" in captured) if captured else ()
+            wanted = tuple(part for part in (*PARTS, *HEADS) if f"{name}.{part}" in captured) if captured else ()
             with offloader.keep(x, is_last=layer is self.layers[-1]) if offloader else nullcontext():
                 x = layer(x, cos, sin, sights[window], cache, wanted)
             if wanted:
@@ -309,13 +321,14 @@ class Decoder(nn.Module):
             tokens: [b, s], int64.
             positions: as for `hidden`.
             documents: as for `hidden`.
-            wanted: names of modules, of those in `module_names`.
+            wanted: names of modules, of those in `module_names` and `head_names`.
             given: by the name of the embedding, of a layer or of the last norm what goes on from there in place of what
                 it puts out, of the same shape. No gradient passes.
 
         Returns:
-            [b, s, d]; and by name [b, s, d] of each wanted module. Of a model that is split over a tensor-parallel
-            group these have the positions of this rank, [b, ceil(s / n), d], of which the last may be padding.
+            [b, s, d]; and by name [b, s, d] of each wanted module, or [b, s, h, n] of heads. Of a model that is split
+            over a tensor-parallel group modules give the positions of this rank, [b, ceil(s / n), d], of which the last
+            may be padding, and heads are those of this rank.
         """
         captured: dict[str, Tensor | None] = dict.fromkeys(wanted)
         hidden = self.model(tokens, positions, documents, None, captured, given)
@@ -380,6 +393,19 @@ def module_names(config: ModelConfig) -> list[str]:
     layers = [f"model.layers.{index}" for index in range(config.num_layers)]
     parts = [name for layer in layers for name in (*(f"{layer}.{part}" for part in PARTS), layer)]
     return ["model.embed_tokens", *parts, "model.norm"]
+
+
+def head_names(config: ModelConfig) -> dict[str, int]:
+    """What else `Decoder.hidden_states` gives, [b, s, h, n], with its numbers of a token, h n.
+
+    Queries, keys and values of each layer, behind their norms, if it has these, and before they are rotated.
+    """
+    sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    return {
+        f"model.layers.{index}.{name}": count * config.head_dim
+        for index in range(config.num_layers)
+        for name, count in zip(HEADS, sizes, strict=True)
+    }
 
 
 @functools.cache

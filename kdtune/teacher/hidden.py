@@ -12,7 +12,7 @@ from kdtune import data, distributed, losses
 from kdtune.data import Batch
 from kdtune.distributed import Ranks
 from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair, SparseTargets, Targets
-from kdtune.models import Decoder, from_hf_config, module_names
+from kdtune.models import Decoder, ModelConfig, from_hf_config, head_names, module_names
 from kdtune.teacher_cache import read_card
 
 CACHED = "model.norm"  # all that a cache of hidden states has
@@ -47,8 +47,17 @@ def check_hidden_loss(cfg: Any) -> None:
             f"{cfg.teacher.cache_dir} has those at labelled tokens alone. Leave it out, or ask the teacher during the "
             "run (teacher_checkpointer)."
         )
-    _pairs(cfg)
+    pairs = _pairs(cfg)
+    if any(pair.distance == "relation" for pair in pairs):
+        _check_relations(cfg, pairs)
     student, teacher = _widths(cfg)
+    if all(pair.distance == "relation" for pair in pairs):
+        if settings.projection is not None:
+            raise ValueError(
+                f"hidden_loss.projection={settings.projection} is for widths that differ, and pairs with loss: "
+                "relation, the only ones here, compare any. Leave it out."
+            )
+        return
     if student != teacher and settings.inputs == "teacher":
         raise ValueError(
             f"hidden_loss.inputs=teacher lets layers of the student, which take {student} numbers of a token, compute "
@@ -77,7 +86,13 @@ def add_hidden_loss(student: Decoder, cfg: Any, ranks: Ranks) -> None:
     vocabulary = getattr(student.head, "vocabulary", None)
     with torch.device("meta"):
         student.beside = HiddenLoss(
-            _pairs(cfg), settings.projection, _widths(cfg), vocabulary, settings.inputs, settings.tokens
+            _pairs(cfg),
+            settings.projection,
+            _widths(cfg),
+            vocabulary,
+            settings.inputs,
+            settings.tokens,
+            _relation_heads(settings, student.config),
         )
     dtype = torch.promote_types(student.head.weight.dtype, torch.float32)
     student.beside.to(dtype).to_empty(device=cfg.parallel.place(ranks.device))
@@ -85,6 +100,32 @@ def add_hidden_loss(student: Decoder, cfg: Any, ranks: Ranks) -> None:
     for projection in student.beside.projections:
         projection.init(settings.projection_init, student.config.initializer_range, generator)
     distributed.share_beside(student, ranks, cfg.parallel)
+
+
+def _check_relations(cfg: Any, pairs: Sequence[Pair]) -> None:
+    for name in ("context", "tensor"):
+        if (degree := getattr(cfg.parallel, name)) > 1:
+            raise ValueError(
+                f"loss: relation does not go with parallel.{name}={degree}: it compares each token with all before it, "
+                "by all heads, of which each process has a part. Take parallel.data_shard instead."
+            )
+    student, teacher = (
+        from_hf_config(checkpointer.read_config()) for checkpointer in (cfg.checkpointer, cfg.teacher_checkpointer)
+    )
+    num_heads = _relation_heads(cfg.hidden_loss, student)
+    for pair in pairs:
+        if pair.distance != "relation":
+            continue
+        for name, width in ((pair.student, head_names(student)), (pair.teacher, head_names(teacher))):
+            if width[name] % num_heads:
+                raise ValueError(
+                    f"hidden_loss.relation_heads is {num_heads}, and {name} has {width[name]} numbers of a token, "
+                    "which do not make as many relation heads. Give hidden_loss.relation_heads a divisor of that."
+                )
+
+
+def _relation_heads(settings: HiddenLossConfig, student: ModelConfig) -> int:
+    return settings.relation_heads or student.num_kv_heads
 
 
 def run_student(student: Decoder, batch: Batch, targets: Targets | SparseTargets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,7 +153,8 @@ def compare_hidden(
     """
     if student.beside is None:
         return None
-    distances: Tensor = student.beside(captured, targets, batch.labels, num_tokens, batch.lengths)
+    where = (batch.lengths, batch.positions)
+    distances: Tensor = student.beside(captured, targets, batch.labels, num_tokens, *where)
     return distances
 
 
@@ -129,10 +171,15 @@ def count_compared(student: Decoder, batches: Sequence[Batch], ranks: Ranks, num
     return ranks.total(data.count_tokens(batches)) if compares_all else num_labels
 
 
+def _names(checkpointer: Any) -> list[str]:
+    config = from_hf_config(checkpointer.read_config())
+    return [*module_names(config), *head_names(config)]
+
+
 def _pairs(cfg: Any) -> list[Pair]:
-    student = module_names(from_hf_config(cfg.checkpointer.read_config()))
+    student = _names(cfg.checkpointer)
     if cfg.teacher.cache_dir is None:
-        teacher = module_names(from_hf_config(cfg.teacher_checkpointer.read_config()))
+        teacher = _names(cfg.teacher_checkpointer)
         return losses.pairs_of(cfg.hidden_loss, student, teacher)
     kind = read_card(cfg.teacher.cache_dir).store.kind
     if kind != "hidden":

@@ -25,10 +25,16 @@ PAIRS = [
 ]
 SHARED = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, projection="shared", projection_init="orthogonal")}
 EACH = {"hidden_loss": HiddenLossConfig(pairs=PAIRS, projection="per_pair", tokens="all")}
+HEADS = [
+    {"student": f"model.layers.1.self_attn.{x}", "teacher": f"model.layers.2.self_attn.{x}"}
+    for x in ("keys", "queries")
+]
+RELATIONS = {"hidden_loss": HiddenLossConfig(pairs=HEADS, name="relation", relation_heads=3)}
 LAYOUTS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {
     "sharded": (2, ParallelConfig(), SHARED),
     "offloaded": (2, ParallelConfig(offload=True), EACH),
     "adapter": (2, ParallelConfig(), EACH | {"lora": LoraConfig(rank=3), "optimizer_in_bwd": True}),
+    "relations": (2, ParallelConfig(), RELATIONS),
     "tensor": (2, ParallelConfig(tensor=2), SHARED),
     "context": (2, ParallelConfig(context=2), EACH),
     "hybrid_tensor": (4, ParallelConfig(tensor=2, data_replicate=2), SHARED),
@@ -39,12 +45,16 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def models(oracle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    save_pair(oracle, folder, student=("qwen3-tied_biases", {}), teacher=("llama", {"hidden_size": 128}))
+    save_pair(
+        oracle, folder, student=("qwen3-tied_biases", {}), teacher=("llama", {"hidden_size": 128, "head_dim": 48})
+    )
     return folder
 
 
 def alone(name: str) -> str:
     settings = LAYOUTS[name][2]
+    if settings is RELATIONS:
+        return "relations_alone"
     return "adapter_alone" if "lora" in settings else "each_alone" if settings is EACH else "shared_alone"
 
 
@@ -70,7 +80,7 @@ def found(
     sizes = (2, 4) if is_slow else (2,)
     folder = tmp_path_factory.mktemp("runs")
     one, numbers = ParallelConfig(), {}
-    for name in ("sharded", "offloaded", "adapter"):
+    for name in ("sharded", "offloaded", "adapter", "relations"):
         numbers[alone(name)] = train(models, one, folder / alone(name), LENGTHS, **LAYOUTS[name][2])
     for size in sizes:
         first, *others = ranks.run(size, work, folder, size, models, folder)

@@ -20,6 +20,7 @@ from kdtune.models import (
     add_lora,
     compile_layers,
     enable_activation_checkpointing,
+    head_names,
     module_names,
     stream_layers,
 )
@@ -64,6 +65,20 @@ def test_every_module(folder: Path) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in names)
 
 
+def test_heads(folder: Path) -> None:
+    """Queries and keys behind their norms, which see each head by itself, and values."""
+    model = load(folder)
+    names = head_names(model.config)
+    assert list(names.values()) == [4 * 24, 2 * 24, 2 * 24] * 3
+    _, found = model.hidden_states(TOKENS, wanted=names)
+    sources = {"queries": "q_norm", "keys": "k_norm", "values": "v_proj"}
+    for name, heads in found.items():
+        layer, _, kind = name.rpartition(".")
+        (expected,) = by_hooks(model, [f"{layer}.{sources[kind]}"], TOKENS).values()
+        assert heads.shape == (2, 12, names[name] // 24, 24)
+        assert torch.equal(heads.flatten(2), expected.flatten(2))
+
+
 def test_hidden_states_of_transformers(oracle: Callable[..., Any], folder: Path) -> None:
     """Its `hidden_states`: embeddings, then layers; the last is after the norm."""
     model = load(folder, torch.float32)
@@ -75,7 +90,10 @@ def test_hidden_states_of_transformers(oracle: Callable[..., Any], folder: Path)
         torch.testing.assert_close(found[name], other, rtol=1e-4, atol=1e-5)
 
 
-WANTED = ["model.layers.0.mlp", "model.layers.1", "model.layers.1.self_attn", "model.layers.2.input_layernorm"]
+WANTED = [
+    *("model.layers.0.mlp", "model.layers.0.self_attn.keys", "model.layers.0.self_attn.values"),
+    *("model.layers.1", "model.layers.1.self_attn", "model.layers.2.input_layernorm"),
+]
 
 
 def plain(model: Decoder) -> None: ...

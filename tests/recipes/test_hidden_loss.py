@@ -142,6 +142,28 @@ def test_it_goes_with(settings: list[str], pair: Path, tmp_path: Path) -> None:
     assert not [name for name in expected if "projection" in name or "beside" in name]
 
 
+SAME = "model.layers.{0..1}.self_attn.values"
+VALUES = f"{{student: '{SAME}', teacher: '{SAME}', loss: relation}}"
+QUERIES = "{student: model.layers.1.self_attn.queries, teacher: model.layers.1.self_attn.queries, loss: relation}"
+RELATIONS = f"hidden_loss.pairs=[{VALUES},{QUERIES}]"
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["enable_activation_checkpointing=true", "hidden_loss.relation_heads=4"]], ids=" ".join
+)
+def test_relations(settings: list[str], pair: Path, tmp_path: Path) -> None:
+    """Between widths that differ, without a projection; packed rows are those in rows of their own."""
+    settings = [RELATIONS, *CONSTANT, "gradient_accumulation_steps=1", "hidden_loss.weight=10", *settings]
+    lines = tiny_runs.steps(distil(pair, tmp_path / "run", *settings, "max_steps=6"))
+    assert lines[-1]["hidden_loss"] < 0.8 * lines[0]["hidden_loss"]
+    settings += ["batch_size=10", "shuffle=false", "max_steps=1", "hidden_loss.tokens=all"]
+    whole, packed = (
+        tiny_runs.steps(distil(pair, tmp_path / name, *settings, f"dataset.packed={name}"))
+        for name in ("false", "true")
+    )
+    assert packed[0] == pytest.approx(whole[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("projection", ["shared", "per_pair"])
 def test_a_run_that_is_resumed(projection: str, pair: Path, tmp_path: Path) -> None:
     """Bit for bit: the projections are in its state, and not in any model's folder."""
@@ -207,10 +229,19 @@ def test_a_cache_of_hidden_states(pair: Path, tmp_path: Path, capsys: pytest.Cap
             [NORM.replace("teacher: model.norm", "teacher: model.nrom")],
             "Did you mean model.norm? The layers are 0 to 2.",
         ),
+        (
+            ["hidden_loss.relation_heads=5", RELATIONS],
+            "hidden_loss.relation_heads is 5, and model.layers.0.self_attn.values has 16 numbers of a token",
+        ),
+        ([RELATIONS, "hidden_loss.projection=shared"], "the only ones here, compare any. Leave it out."),
+        ([NORM, "hidden_loss.projection=shared", "hidden_loss.relation_heads=2"], "and there are none"),
+        ([RELATIONS, "hidden_loss.inputs=teacher"], "beside model.layers.0.self_attn.values a residual stream goes on"),
+        ([RELATIONS.replace("loss: relation", "loss: mse")], "loss mse: relation compares queries, keys or values"),
+        ([NORM, "hidden_loss.name=relation"], "loss relation: relation compares queries, keys or values"),
         ([NORM, "kd_ratio=0"], "which kd_ratio=0 leaves out"),
         (["hidden_loss.weight=2"], "hidden_loss.pairs is empty"),
         ([NORM, "hidden_loss.weight=0"], "hidden_loss.weight must be > 0"),
-        ([RANGES, "teacher.cache_dir={}"], "has top_k of the teacher's distributions"),
+        ([RANGES, "teacher.cache_dir={}"], "has samples of the teacher's distributions"),
     ],
 )
 def test_refusals(

@@ -226,7 +226,7 @@ def one(student: str, teacher: str, **more: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pairs": [one("model.layers.0.mlp", "model.layers.0.mlp")]}, "model.layers.0.mlp is added to a residual"),
+        ({"pairs": [one("model.layers.0.mlp", "model.layers.0.mlp")]}, "beside model.layers.0.mlp a residual stream"),
         (
             {"pairs": [one("model.layers.{0..1}", "model.layers.{0..1}"), one("model.norm", "model.layers.1")]},
             "lets model.norm learn to make model.layers.1 of model.layers.1",
