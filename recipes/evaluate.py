@@ -11,6 +11,7 @@ answers against references. Every number has a standard error over examples. Wha
 that `kdtune compare` can say of two models which is better.
 """
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ def main(cfg: Config) -> None:
             print(f"teacher:  {sample.teacher}")
         print(f"model:    {sample.student}")
     print(f"\n{results.table(evaluation)}\n")
-    rate = f"{work.num_tokens:,} tokens, {evaluation.tokens_per_second:,.0f} tokens/s"
-    print(f"{rate}. The results are in {cfg.output_dir}.")
+    print(f"{work.num_tokens:,} tokens, {evaluation.tokens_per_second:,.0f} tokens/s")
+    folder = shlex.quote(cfg.output_dir)
+    print(f"The results are in {cfg.output_dir}. Look at them:\n  kdtune report {folder}")
+    print(f"Compare them with those of another model:\n  kdtune compare <its folder> {folder}")
     ranks.leave()
 
 

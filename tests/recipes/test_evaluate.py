@@ -201,6 +201,24 @@ def test_an_adapter_is_the_merged_model(evaluate: Evaluate, tiny: Path, tmp_path
     assert adapted["ce"] < metrics(evaluate())["ce"] - 0.005
 
 
+def test_two_models_are_compared(
+    evaluate: Evaluate, tiny: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = f"teacher_checkpointer.checkpoint_dir={tiny / 'teacher'}"
+    folders = [
+        evaluate(teacher, f"checkpointer.checkpoint_dir={folder}", f"output_dir={tmp_path / name}", "batch_size=3")
+        for name, folder in (("untrained", tiny / "student"), ("trained", student))
+    ]
+    assert folders
+    capsys.readouterr()
+    main(["compare", str(tmp_path / "untrained"), str(tmp_path / "trained")])
+    lines = [line.split("|")[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("| text")]
+    verdicts = {cells[0].strip(): cells[-2].strip() for cells in lines}
+    assert verdicts["ce"] == verdicts["accuracy"] == verdicts["bits_per_byte"] == "better"
+    assert verdicts["entropy"] == "lower"
+    assert verdicts["teacher_ce"] == "no difference shown"
+
+
 def test_a_quantised_teacher(evaluate: Evaluate, tiny: Path) -> None:
     teacher = tiny / "teacher"
     models = [f"checkpointer.checkpoint_dir={teacher}", f"teacher_checkpointer.checkpoint_dir={teacher}"]
