@@ -71,8 +71,9 @@ def validation_settings(runs: Sequence[Run]) -> list[str]:
     return [one.key for one in differences(validated) if one.key.startswith(about_rows)]
 
 
-def warnings(runs: Sequence[Run]) -> Iterator[str]:
+def warnings(groups: Sequence[Group]) -> Iterator[str]:
     """What forbids a comparison, or makes one doubtful."""
+    runs = [run for group in groups for run in group.runs]
     if keys := validation_settings(runs):
         yield (
             f"The runs were validated on different rows ({', '.join(keys)} differ), so that their validation numbers "
@@ -94,11 +95,20 @@ def warnings(runs: Sequence[Run]) -> Iterator[str]:
     if unfinished:
         ends = ", ".join(f"{run.name} (step {run.last_step:,})" for run in unfinished)
         yield f"Not finished, so that there is no model yet: {ends}"
+    behind = dict.fromkeys(
+        run.name
+        for group in groups
+        for key in ("val_ce_loss", "loss")
+        for run in group.runs
+        if key in run.series and max(run.series[key]) < group.end(key)
+    )
+    if behind:
+        yield f"Not as far as others of their group, and left out of its means and curves: {', '.join(behind)}"
 
 
 def _course(group: Group, quantity: Quantity) -> Markup:
     """How a single run, or the mean of some, went from the first validation to the last."""
-    runs = [run for run in group.runs if quantity.key in run.series]
+    runs = group.furthest(quantity.key)
     first, last = (
         [value for run in runs if not math.isnan(value := list(run.series[quantity.key].values())[i])] for i in (0, -1)
     )
@@ -149,14 +159,16 @@ def _distance(best: Group, rival: Group, quantity: Quantity, *, is_next: bool) -
         bracket = f" [{_plain(low, quantity)}, {_plain(high, quantity)}]"
         if low < 0 < high:
             bracket += f", not to be told from chance with {found.num_values} seeds,"
-    return (
-        f"{_plain(away, quantity)}{' points' * quantity.share}{bracket} {word} {escape(rival.name)}"
-        + " (next)" * is_next
-    )
+    steps = best.end(quantity.key), rival.end(quantity.key)
+    notes = ["next"] * is_next + [f"{steps[1]:,} steps against {steps[0]:,}"] * (steps[0] != steps[1])
+    text = f"{_plain(away, quantity)}{' points' * quantity.share}{bracket} {word} {escape(rival.name)}"
+    if not away and not bracket:
+        text = f"the same as {escape(rival.name)}"
+    return text + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _by_seed(group: Group, quantity: Quantity) -> dict[int, float]:
-    ends = {run.seed: run.last(quantity.key) for run in group.runs}
+    ends = {run.seed: run.last(quantity.key) for run in group.furthest(quantity.key)}
     return {seed: value for seed, value in ends.items() if seed is not None and not math.isnan(value)}
 
 

@@ -11,11 +11,12 @@ from kdtune.reporting.charts import Chart, Line, draw, swatch
 from kdtune.reporting.markup import Markup, element, escape, page, table
 from kdtune.reporting.material import Material
 from kdtune.reporting.quantities import Quantity
-from kdtune.reporting.runs import NUM_LOWEST, Group, Run, differences, groups, shown
+from kdtune.reporting.runs import MISSING, NUM_LOWEST, Difference, Group, Run, differences, groups, shown
 from kdtune.reporting.sizes import Model
 
 _POINTS = 12_000  # of the curves of a chart together
 _MOST_SETTINGS = 12  # groups of which every setting is listed
+_MOST_COLUMNS = 4  # settings beside each other
 _MOST_RAW = 3  # curves behind which each step is shown
 
 
@@ -33,7 +34,7 @@ def render(material: Material) -> str:
         sections.append(("models", "Models", _models(runs)))
         sections.append(("settings", "Settings", "".join(_settings(found))))
     title = _title(material)
-    notes = [*material.warnings, *(compared.warnings if compared else []), *findings.warnings(runs)]
+    notes = [*material.warnings, *(compared.warnings if compared else []), *findings.warnings(found)]
     facts = [
         *(evaluated.sentences(compared) if compared else []),
         *(findings.sentences(found, brief=compared is not None) if found else []),
@@ -134,7 +135,8 @@ def _duplicates(training: Sequence[Quantity], runs: Sequence[Run]) -> set[str]:
 
 def _loss_note(runs: Sequence[Run]) -> str:
     names = ("kd_ratio", "kd_loss.", "ce_loss.", "hidden_loss")
-    differ = [one.key for one in differences(runs) if one.key.startswith(names)]
+    keys = [one.key for one in differences(runs) if one.key.startswith(names)]
+    differ = keys if len(keys) <= 3 else list(dict.fromkeys(key.partition(".")[0] for key in keys))
     if not differ:
         return ""
     verb = "differs" if len(differ) == 1 else "differ"
@@ -167,14 +169,15 @@ def _chart(quantity: Quantity, found: Sequence[Group], *, smooth: bool = False, 
     if quantity.level and (levels := [run.last(quantity.level) for run in runs if quantity.level in run.series]):
         level = ("teacher", levels[0]) if max(levels) - min(levels) < 1e-3 else None
     unit = quantity.unit
-    if quantity.key == "kd_loss" and all(run.settings.get("kd_loss.name") == "forward_kl" for run in runs):
+    names = {run.settings.get("kd_loss.name") for run in runs if "kd_loss" in run.series}
+    if quantity.key == "kd_loss" and names == {"forward_kl"}:
         unit = "forward KL, nats per token"
     from_zero = small and quantity.key in ("tokens_per_second", "peak_memory_gib", "lr")
     return draw(Chart(quantity.title, unit, lines, quantity.share, level, small, from_zero=from_zero))
 
 
 def _line(i: int, group: Group, quantity: Quantity, smooth: bool, with_raw: bool, most: int) -> Line | None:
-    several = [series for run in group.runs if (series := run.series.get(quantity.key))]
+    several = [run.series[quantity.key] for run in group.furthest(quantity.key)]
     if not any(not math.isnan(value) for series in several for value in series.values()):
         return None
     band: list[curves.Span] = []
@@ -214,7 +217,7 @@ def _models(runs: Sequence[Run]) -> str:
     note = "Heads: of queries / of keys and values. Parameters are the numbers in the safetensors files."
     versions = dict.fromkeys(", ".join(f"{name} {v}" for name, v in run.versions.items()) for run in runs)
     made = f" Made with {' and with '.join(versions)}." if any(versions) else ""
-    return table(head, rows) + element("p", note + made, class_="about") + "\n"
+    return table(head, rows, class_="notes") + element("p", note + made, class_="about") + "\n"
 
 
 def _model_row(role: str, model: Model, names: Sequence[str]) -> list[object]:
@@ -249,15 +252,29 @@ def _settings(found: Sequence[Group]) -> Iterator[str]:
         differ = differences([group.runs[0] for group in found])
         if len(runs) > len(found):
             differ = [one for one in differ if one.key != "seed"]
-        if differ:
-            rows = [[group.name, *(shown(one.values[i]) for one in differ)] for i, group in enumerate(found)]
-            yield table(["differ in", *(one.key for one in differ)], rows)
-        else:
+        of_all = [one for one in differ if MISSING not in one.values]
+        of_some = [one for one in differ if MISSING in one.values]
+        if of_all:
+            yield _differences(of_all, found)
+        elif not of_some:
             yield '<p class="about">All runs have the same settings, but for the seed.</p>\n'
+        if of_some:
+            summary = element("summary", f"Settings that only some of them have ({len(of_some)})")
+            yield element("details", summary, _differences(of_some, found)) + "\n"
     for run in [group.runs[0] for group in found][:_MOST_SETTINGS]:
         yield _all_settings(f"All settings of {run.name}" if len(runs) > 1 else "All settings", run)
     if len(found) > _MOST_SETTINGS:
         yield f'<p class="about">The others differ from {escape(found[0].runs[0].name)} as the table says.</p>\n'
+
+
+def _differences(differ: Sequence[Difference], found: Sequence[Group]) -> Markup:
+    """A row for each group, or for each setting if there are more of these."""
+    if len(differ) <= max(_MOST_COLUMNS, len(found)):
+        rows = [[group.name, *(shown(one.values[i]) for one in differ)] for i, group in enumerate(found)]
+        return table(["differ in", *(one.key for one in differ)], rows)
+    return table(
+        ["differ in", *(group.name for group in found)], [[one.key, *map(shown, one.values)] for one in differ]
+    )
 
 
 def _all_settings(name: str, run: Run) -> str:

@@ -145,6 +145,7 @@ class Difference:
 
 
 MISSING = "-"
+GIVEN = "given"
 MOST_COLOURS = 12  # groups that are told apart by colours and dashes
 NUM_LOWEST = 3  # of more than that, those that have a colour beside the first
 
@@ -158,9 +159,17 @@ def shown(value: Any) -> str:
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """The settings in which runs differ, in the order of their first recipe."""
-    keys = dict.fromkeys(key for run in runs for key in run.compared)
-    found = (Difference(key, [run.compared.get(key, MISSING) for run in runs]) for key in keys)
+    compared = [run.compared for run in runs]
+    keys = dict.fromkeys(key for one in compared for key in one)
+    found = (Difference(key, [_value(one, key) for one in compared]) for key in keys)
     return [one for one in found if any(value != one.values[0] for value in one.values)]
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    """That of a section that is null in other runs is what it is given by."""
+    if key in settings:
+        return settings[key]
+    return GIVEN if any(other.startswith(f"{key}.") for other in settings) else MISSING
 
 
 @dataclass(frozen=True)
@@ -171,9 +180,18 @@ class Group:
     runs: list[Run]
     look: int | None = None  # its colour in all charts; None: grey, one of many
 
+    def furthest(self, key: str) -> list[Run]:
+        """The runs that have come as far as any of them; a mean with others would be of different steps."""
+        ends = {run.name: max(run.series[key]) for run in self.runs if key in run.series}
+        return [run for run in self.runs if ends.get(run.name, -1) == max(ends.values(), default=0)]
+
     def finals(self, key: str) -> list[float]:
-        """The newest value of each run that has one."""
-        return [value for run in self.runs if not math.isnan(value := run.last(key))]
+        """The last value of each run that has come as far as any of them."""
+        return [value for run in self.furthest(key) if not math.isnan(value := run.last(key))]
+
+    def end(self, key: str) -> int:
+        """The step of the last value."""
+        return max((max(run.series[key]) for run in self.furthest(key)), default=0)
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:

@@ -35,7 +35,7 @@ def test_gaps_cut_lines_and_resumed_steps(tmp_path: Path) -> None:
     assert [series[1], series[3]] == [1.0, 3.0]
     assert math.isnan(series[2])
     assert list(series) == [1, 2, 3]
-    assert any("run (loss at 1 step)" in line for line in findings.warnings([run]))
+    assert any("run (loss at 1 step)" in line for line in findings.warnings(runs.groups([run])))
 
 
 def test_finetune_and_distillation_share_their_validation(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_models_of_runs_that_are_not_finished_and_of_caches(tmp_path: Path) -> N
     assert run.student == sizes.Model("models/base", 1, 4, "2 / 2", 8, note="not written yet")
     assert run.teacher is not None
     assert (run.teacher.name, run.teacher.note.split(": ")[1]) == ("big", "top_k 64")
-    assert any("Not finished" in line and "step 8" in line for line in findings.warnings([run]))
+    assert any("Not finished" in line and "step 8" in line for line in findings.warnings(runs.groups([run])))
     gone = write_run(tmp_path / "gone", teacher_checkpointer={"checkpoint_dir": "no/such/teacher"})
     (run,) = material.read([gone]).runs
     assert run.teacher == sizes.Model("such/teacher", note="its folder is no longer there")

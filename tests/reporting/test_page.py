@@ -128,6 +128,25 @@ def test_evaluations_that_cannot_be_compared(tmp_path: Path) -> None:
     assert "Differences from" not in page.text
 
 
+def test_what_has_not_come_as_far_is_told_and_not_averaged(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"a{seed}", seed=seed, steps=8)
+        write_run(tmp_path / f"b{seed}", seed=seed, kd_ratio=0.5, steps=16 if seed else 10, better=0.5)
+    page = check(render(*sorted(tmp_path.iterdir())))
+    assert "Not as far as others of their group, and left out of its means and curves: b0" in page.text
+    assert "below kd_ratio=1 (next, 8 steps against 16)" in page.text
+    assert "kd_ratio=0.5: from 2.500 at step 0 to 1.500 at step 16" in page.text
+
+
+def test_settings_that_only_some_have(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "full", lora=None), write_run(tmp_path / "lora", lora={"rank": 4, "alpha": 8})]
+    text = render(*runs)
+    check(text)
+    assert '<tr><th scope="row">full</th><td>null</td></tr>\n<tr><th scope="row">lora</th><td>given</td></tr>' in text
+    assert "Settings that only some of them have (2)" in text
+    assert '<tr><th scope="row">lora</th><td>8</td><td>4</td></tr>' in text
+
+
 def test_hostile_names_and_settings(tmp_path: Path) -> None:
     name = HOSTILE.replace("/", "")
     lines = [{"step": step, "loss": 1.0, HOSTILE: 2.0, "val_ce_loss": 1.0} for step in (0, 1)]
