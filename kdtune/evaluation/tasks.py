@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -307,8 +308,12 @@ def _examples(
             first = of_filters[0]
             sums["ce"] = -float(first["filtered_resps"][0])
             num_bytes = first["bits_per_byte"][1] if "bits_per_byte" in first else len(first["target"].encode())
-        id, count = of_filters[0]["doc_hash"][:16], num_tokens[name, document]
-        found.append(Example(name, id, num_tokens=count, num_bytes=num_bytes, sums=sums, values=values))
+        # The same document behind other worked examples, or in a chat, is another question.
+        asked = "".join(of_filters[0][part] for part in ("doc_hash", "prompt_hash", "target_hash"))
+        id = hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+        found.append(
+            Example(name, id, num_tokens=num_tokens[name, document], num_bytes=num_bytes, sums=sums, values=values)
+        )
     shared = set.intersection(*(set(one.values) for one in found)) if found else set()
     kept = [{metric: value for metric, value in one.values.items() if metric in shared} for one in found]
     return [replace(one, values=values) for one, values in zip(found, kept, strict=True)]

@@ -186,12 +186,14 @@ def test_counting_and_normalisation(tiny: Path, tokenizer: Tokenizer, tmp_path: 
     assert [one.num_tokens for one in found.examples if one.task == "texts"] == [num_tokens] * 5
 
 
-def test_examples_pair_by_their_content(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+def test_examples_pair_by_what_was_asked(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     found = given(model, tokenizer, folder, "choices", "answers", limit=7)
-    again = given(model, tokenizer, folder, "choices", num_fewshot=1)
-    ids = [[one.id for one in which.examples if one.task == "choices"] for which in (found, again)]
-    assert ids[0] == ids[1][:7]
-    assert len({*ids[1]}) == 12
+    again, behind_another = (given(model, tokenizer, folder, "choices", num_fewshot=n) for n in (0, 1))
+    some, every, others = (
+        [one.id for one in which.examples if one.task == "choices"] for which in (found, again, behind_another)
+    )
+    assert some == every[:7]
+    assert len({*every, *others}) == 24
     assert [one.num_examples for one in found.results] == [7, 7]
 
 
