@@ -140,7 +140,10 @@ def measured(call: Callable[[], None], num_tokens: int) -> Callable[[], Answer]:
     return lambda: {**meter(call), "tokens": num_tokens}
 
 
+QKV = [f"model.layers.1.self_attn.{name}" for name in ("queries", "keys", "values")]
 PAIR = "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1}]"
+HEADS = f"hidden_loss.pairs=[{','.join(f'{{student: {x}, teacher: {x}}}' for x in QKV)}]"
+RELATION = "hidden_loss.name=relation"
 BLOCKS = "hidden_loss.pairs=[{student: 'model.layers.{0..1}', teacher: 'model.layers.{1..3..2}'}]"
 VARIANTS = {
     "finetune": Variant("finetune", steps("finetune")),
@@ -149,6 +152,9 @@ VARIANTS = {
     "projected": Variant(
         "live, a projected pair",
         steps("knowledge_distillation", "kd_ratio=1", TEACHER, PAIR, "hidden_loss.projection=shared"),
+    ),
+    "relations": Variant(
+        "live, relations of a layer", steps("knowledge_distillation", "kd_ratio=1", TEACHER, HEADS, RELATION)
     ),
     "layerwise": Variant(
         "live, layer by layer",

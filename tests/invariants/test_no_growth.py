@@ -18,7 +18,8 @@ from kdtune.distributed import Ranks
 
 EVERYTHING = ["enable_activation_checkpointing=true", "dataset.packed=true"]
 HIDDEN = [
-    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm}]",
+    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm},"
+    "{student: model.layers.0.self_attn.keys, teacher: model.layers.1.self_attn.keys, loss: relation}]",
     "hidden_loss.projection=per_pair",
 ]
 SELECTIVE = [*EVERYTHING, "activation_checkpointing_mode=selective"]

@@ -26,7 +26,9 @@ SETTINGS = {
     "8-bit moments": ["optimizer.name=adamw_8bit"],
 }
 HIDDEN = [
-    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm}]",
+    "hidden_loss.pairs=[{student: model.layers.0, teacher: model.layers.1},{student: model.norm, teacher: model.norm},"
+    "{student: model.layers.0.self_attn.keys, teacher: model.layers.1.self_attn.keys, loss: relation}]",
+    "hidden_loss.tokens=all",
     "hidden_loss.projection=shared",
     "hidden_loss.balance=true",
 ]
