@@ -8,7 +8,7 @@ import pytest
 
 from kdtune.reporting import findings, material, runs, sizes
 
-from .folders import render, write_model, write_run, write_sweep
+from .folders import render, write_evaluation, write_model, write_run, write_sweep
 
 
 def test_what_a_run_left_behind(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_broken_metrics(tmp_path: Path, line: str, complaint: str) -> None:
     assert complaint in refused(folder)
 
 
-def test_broken_settings_and_sweeps(tmp_path: Path) -> None:
+def test_broken_settings_sweeps_and_evaluations(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_text("a: [1\n")
     assert "config.yaml cannot be read" in refused(folder)
@@ -154,3 +154,6 @@ def test_broken_settings_and_sweeps(tmp_path: Path) -> None:
     assert "is not what kdtune sweep writes" in refused(sweep)
     (sweep / "sweep.json").write_text('{"kdtune_sweep": 1, "runs": [{"name": "x", "values": {}}]}')
     assert "none of the 1 runs of this sweep has begun" in refused(sweep)
+    evaluation = write_evaluation(tmp_path / "evaluation")
+    (evaluation / "evaluation.json").write_text('{"kdtune_evaluation": 2}')
+    assert "is of another version of kdtune" in refused(evaluation)
