@@ -48,7 +48,7 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
     "finetune_pipeline": (tiny_runs.finetune, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
 }
 GENERATING = ("tensor", "data_shard", "pipeline", "data_replicate")
-PAIR = {"checkpointer": "other", "teacher_checkpointer": "teacher"}
+PAIR = {"checkpointer": "student", "teacher_checkpointer": "teacher"}
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
@@ -115,12 +115,14 @@ def evaluate_in_two(folder: Path, rows: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_evaluate_in_two_processes(in_two: Path, tiny: Path) -> None:
+def test_evaluate_in_two_processes(tiny: Path, tmp_path: Path) -> None:
     """Seven rows in batches of two, so that a process has none at the end."""
-    rows = in_two / "seven.jsonl"
+    for seed, name in enumerate(PAIR.values()):
+        tiny_runs.write_model(tmp_path / name, seed=seed, **TWO_HEADS, initializer_range=0.1)
+    rows = tmp_path / "seven.jsonl"
     rows.write_text("".join((tiny / "rows.jsonl").read_text().splitlines(keepends=True)[:7]))
-    expected = evaluate(in_two, rows)
-    first, _ = ranks.run(2, evaluate_in_two, in_two, in_two, rows)
+    expected = evaluate(tmp_path, rows)
+    first, _ = ranks.run(2, evaluate_in_two, tmp_path, tmp_path, rows)
     for found in first:
         for name in ("ids", "samples", "responses", "tokens"):
             assert found[name] == expected[name]
@@ -185,7 +187,6 @@ def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
-    tiny_runs.write_model(folder / "other", seed=2, **TWO_HEADS, initializer_range=0.1)
     ranks.run(2, work, folder, tiny, folder)
     return folder
 
