@@ -50,7 +50,8 @@ class _Relation(torch.autograd.Function):
             grad = torch.zeros_like(wide)
             for begin in range(0, length, size):
                 queries = slice(begin, begin + size)
-                visible = (place <= place[queries, None]) & (place >= first[row, queries, None])
+                keys = place[: begin + size]
+                visible = (keys <= place[queries, None]) & (keys >= first[row, queries, None])  # [q, k]
                 with torch.enable_grad():
                     part = wide.detach().requires_grad_()
                     log_p, log_q = (_log_relations(x, queries, visible) for x in (of_teacher, part))
@@ -69,7 +70,7 @@ class _Relation(torch.autograd.Function):
 
 
 def _log_relations(x: Tensor, queries: slice, visible: Tensor) -> Tensor:
-    """[heads, q, s] of x, [heads, s, w]."""
-    scores = x[:, queries] @ x.transpose(1, 2) / math.sqrt(x.size(-1))
+    """[heads, q, k] of x, [heads, s, w]."""
+    scores = x[:, queries] @ x[:, : visible.size(1)].transpose(1, 2) / math.sqrt(x.size(-1))
     # Not minus infinity, whose difference to itself is NaN.
     return scores.masked_fill(~visible, torch.finfo(x.dtype).min / 2).log_softmax(-1)
