@@ -19,11 +19,12 @@ from typing import Literal
 
 import numpy as np
 
-from kdtune.evaluation.estimates import Additions
+from kdtune.evaluation.estimates import DEFINITIONS, Additions
 from kdtune.evaluation.results import Evaluation, Example, Metric, markdown, read, read_examples, rounded
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
+_OF_TEACHER = {name for name in DEFINITIONS if name.startswith("teacher_")}  # which is the same for both
 _AT_A_TIME = 2**22  # numbers of draws that exist at one time
 
 Verdict = Literal["better", "worse", "higher", "lower", "no difference shown"]
@@ -67,7 +68,7 @@ class Comparison:
     Attributes:
         baseline: folder of the first.
         other: of the other.
-        differences: of the metrics that both have.
+        differences: of the metrics that both have, but for those of the teacher alone.
         left_out: what only one of them has, in words.
     """
 
@@ -201,7 +202,7 @@ def _differences(
 ) -> Iterator[Difference]:
     additions = [Additions(one) for one in sets]
     values = [one.metrics(one.columns.sum(0)) for one in additions]
-    shared = [name for name in values[0] if name in values[1]]
+    shared = [name for name in values[0] if name in values[1] and name not in _OF_TEACHER]
     n = len(sets[0])
     drawn: dict[str, list[np.ndarray]] = defaultdict(list)
     for weights in _draws(n, num_resamples, seed):
