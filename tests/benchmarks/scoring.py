@@ -31,7 +31,8 @@ def questions(settings: argparse.Namespace) -> list[tuple[str, str]]:
     with gzip.open(QUICKSTART / "validation.jsonl.gz") as file:
         rows = [json.loads(line) for line in file]
     firsts = [row["answer"].split("\n")[0] for row in rows]
-    examples = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows[: settings.shots])
+    shown = zip(rows[: settings.shots], firsts, strict=False)
+    examples = "".join(f"Question: {row['question']}\nAnswer: {first}\n\n" for row, first in shown)
     asked = range(settings.shots, settings.shots + settings.questions)
     contexts = {i: f"{examples}Question: {rows[i]['question']}\nAnswer:" for i in asked}
     return [(contexts[i], f" {firsts[(i + other) % len(rows)]}") for i in asked for other in range(4)]
@@ -99,8 +100,8 @@ VARIANTS: dict[str, Variant] = {
 
 def main() -> None:
     parser = harness.make_parser(__doc__, rounds=3)
-    parser.add_argument("--shots", type=int, default=3, help="worked examples before each question, the same ones")
-    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--shots", type=int, default=2, help="worked examples before each question, the same ones")
+    parser.add_argument("--questions", type=int, default=30)
     parser.add_argument("--max-tokens", type=int, default=2048, help="that kdtune computes at a time")
     settings = harness.parse(parser, VARIANTS)
 
