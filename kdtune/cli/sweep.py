@@ -30,8 +30,8 @@ Each run is `kdtune run` with a folder of its own in output_dir. At the end ther
 deviation over `seed` if that is among the values; output_dir/sweep.md keeps it. The same call again goes on where it
 was stopped, and with more values adds runs. A comma inside brackets, braces or quotes separates nothing."""
 
-_SHOWN = ("val_ce_loss", "val_kd_loss", "val_agreement")  # of the last validation; of a run without one, of its steps:
-_SHOWN_OF_STEPS = ("loss", "ce_loss", "kd_loss")
+_SHOWN = ("val_ce_loss", "val_loss", "val_kd_loss", "val_agreement")  # of the last validation
+_SHOWN_OF_STEPS = ("loss", "ce_loss", "kd_loss")  # of a run without one
 _LINES = 5  # of the log of a run that failed
 _UNFIT = re.compile(r"[^\w.+-]+")  # for the name of a folder
 SEED = "seed"  # the axis over which results are averaged
@@ -190,11 +190,11 @@ class Sweep:
 
 
 def last_values(folder: Path) -> dict[str, float]:
-    """The last value of each number in a run's `metrics.jsonl`; none if it has no such file."""
+    """The last value of each number in a run's `metrics.jsonl`, NaN if it was not finite; none without such a file."""
     path = folder / "metrics.jsonl"
     values: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        values |= {key: value for key, value in json.loads(line).items() if value is not None}
+        values |= {key: math.nan if value is None else value for key, value in json.loads(line).items()}
     return values
 
 
@@ -203,7 +203,7 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean = statistics.fmean(values)
-    if len(values) == 1:
+    if len(values) == 1 or not math.isfinite(mean):
         return f"{mean:.4f}"
     deviation = statistics.stdev(values)
     digits = 4 if deviation == 0 else min(max(1 - math.floor(math.log10(deviation)), 0), 6)

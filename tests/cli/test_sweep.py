@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdtune.cli.sweep import split_values, spread
+from kdtune.cli.sweep import last_values, split_values, spread
 
 from .conftest import Run
 
@@ -29,6 +30,7 @@ class Config:
     ratio: float = 0.0  # moves the loss
     layers: list[int] = setting([])  # a list
     text: str = ""  # a text
+    metric: str = "val_ce_loss"  # what it is validated by
     device: str = "cpu"  # where
     seed: int = 0  # moves the loss a little
     overwrite_output_dir: bool = False  # delete what is there
@@ -46,7 +48,7 @@ def main(cfg):
     folder.mkdir(exist_ok=True)
     with open("calls", "a") as calls:
         calls.write(f"{folder.name} {cfg.device} {cfg.overwrite_output_dir} {cfg.resume_from_checkpoint}\\n")
-    lines = [{"step": 1, "loss": 9.0}, {"step": 2, "val_ce_loss": cfg.ratio + cfg.seed / 10, "val_kd_loss": None}]
+    lines = [{"step": 1, "loss": 9.0}, {"step": 2, cfg.metric: cfg.ratio + cfg.seed / 10}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 '''
 
@@ -87,6 +89,20 @@ def test_table_averages_over_seeds_alone(sweep: Run) -> None:
         "|1|3|1.10±0.10|",
     ]
     assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+
+
+def test_table_has_what_finetune_is_validated_by(sweep: Run) -> None:
+    assert sweep("seed=1,2", "metric=val_loss")[0] == 0
+    assert Path("out/sweep.md").read_text().splitlines()[0].split() == ["|", "runs", "|", "val_loss", "|"]
+
+
+def test_a_run_that_diverged_does_not_show_its_last_finite_number(tmp_path: Path) -> None:
+    lines = [{"step": 0, "val_ce_loss": 2.5}, {"step": 8, "val_ce_loss": None}, {"step": 9, "loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = last_values(tmp_path)
+    assert math.isnan(found["val_ce_loss"])
+    assert found["loss"] == 3.0
+    assert spread([found["val_ce_loss"], 2.5]) == spread([found["val_ce_loss"]]) == "nan"
 
 
 def test_the_same_call_runs_only_what_is_not_done(sweep: Run) -> None:
