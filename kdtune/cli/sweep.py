@@ -275,10 +275,13 @@ def _plan(module: Any, call: recipe.Call, axes: Mapping[str, Sequence[str]], fix
         raise ValueError("output_dir is the folder of the whole sweep: give one, each run gets a folder in it.")
     text = hashlib.blake2b(call.config.read_bytes() if call.config else b"", digest_size=8).hexdigest()
     runs, folder = [], Path()
+    named: dict[str, str] = {}  # by what the settings come to
     for name, values in _combinations(axes):
         overrides = [f"{key}={value}" for key, value in [*fixed, *values.items()]]
         cfg = recipe.settings(module, dataclasses.replace(call, overrides=overrides))
         folder = Path(cfg.output_dir)
+        if (other := named.setdefault(repr(cfg), name)) != name:
+            raise ValueError(f"{other} and {name} are the same settings: the second run would be the first again.")
         overrides = [override for override in overrides if not override.startswith("output_dir=")]
         runs.append(Run(name, values, overrides, text))
     sweep = Sweep(
@@ -349,10 +352,9 @@ def _places(call: recipe.Call) -> list[str | None]:
 
 
 def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, at least 1")
+    return int(text)
 
 
 def _names(text: str) -> list[str | None]:
