@@ -221,7 +221,7 @@ def read(folder: str | Path) -> Evaluation:
             f"{folder} holds no evaluation: there is no {MAIN} in it. Write one with kdtune run evaluate ... "
             f"output_dir={folder}, or give the folder of another."
         )
-    found = _parse(path.read_text(encoding="utf-8"), path, dict)
+    found = _parse(path.read_bytes(), path, dict)
     if found.pop("kdtune_evaluation", None) != VERSION:
         raise ValueError(f"{path} is of another version of kdtune, whose evaluations are not read here. Write it anew.")
     return _checked(path, lambda: _evaluation(found))
@@ -241,7 +241,7 @@ def read_responses(folder: str | Path) -> list[Response]:
 def read_tokens(folder: str | Path) -> list[TokenExample]:
     """Examples token by token; errors are those of `read`."""
     path = Path(folder) / TOKENS
-    found = _parse(_text(path), path, list)
+    found = _parse(_content(path), path, list)
     return _checked(path, lambda: [TokenExample(**one) for one in found])
 
 
@@ -339,22 +339,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: this is no folder of an evaluation, or a part of one.")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
 def _read_lines(path: Path, kind: Callable[..., T]) -> list[T]:
-    # Not splitlines, which cuts at line breaks of Unicode, too: texts may hold them.
-    lines = [_parse(line, path, dict) for line in _text(path).split("\n") if line]
+    lines = [_parse(line, path, dict) for line in _content(path).split(b"\n") if line]
     return _checked(path, lambda: [kind(**line) for line in lines])
 
 
-def _parse(text: str, path: Path, kind: type) -> Any:
+def _parse(text: bytes, path: Path, kind: type) -> Any:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is broken: {error}. Write the evaluation anew.") from None
     if not isinstance(found, kind):
         raise ValueError(f"{path} is broken: it holds a {type(found).__name__}. Write the evaluation anew.")

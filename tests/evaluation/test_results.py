@@ -78,7 +78,8 @@ def test_table() -> None:
     ("text", "message"),
     [
         (None, "holds no evaluation"),
-        ("{", "is broken"),
+        ("{", "evaluation.json is broken"),
+        ("\xff", "evaluation.json is broken"),
         ("[]", "it holds a list"),
         ('{"kdtune_evaluation": 99}', "of another version"),
         ('{"kdtune_evaluation": 1}', "is not what kdtune writes: 'results'"),
@@ -86,9 +87,15 @@ def test_table() -> None:
 )
 def test_a_folder_without_an_evaluation(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
-        (tmp_path / "evaluation.json").write_text(text)
+        (tmp_path / "evaluation.json").write_text(text, encoding="latin-1")
     with pytest.raises((ValueError, OSError), match=message):
         results.read(tmp_path)
+
+
+def test_examples_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "examples.jsonl").write_bytes(b'{"task": "t", "id": "0"}\n\xff\n')
+    with pytest.raises(ValueError, match=r"examples\.jsonl is broken"):
+        results.read_examples(tmp_path)
 
 
 def test_metrics_of_a_set_and_of_its_subsets() -> None:
