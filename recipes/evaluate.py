@@ -242,7 +242,7 @@ def check(cfg: Config) -> Inputs:
     tokenizer_path = cfg.tokenizer.path or cfg.checkpointer.tokenizer_dir
     checkpoint.prepare_output_dir(
         Path(cfg.output_dir),
-        resume=False,
+        resume=None,
         overwrite=cfg.overwrite_output_dir,
         sources=(cfg.checkpointer.checkpoint_dir, cfg.checkpointer.adapter_dir, *teacher_folders(cfg), tokenizer_path),
     )

@@ -98,13 +98,13 @@ _FOLDER = re.compile(r"step_(\d+)")
 
 
 def prepare_output_dir(
-    output_dir: Path, *, resume: bool, overwrite: bool, sources: Sequence[str | None]
+    output_dir: Path, *, resume: bool | None, overwrite: bool, sources: Sequence[str | None]
 ) -> Path | None:
     """Decide what happens to an `output_dir` that already holds a run; nothing is touched yet.
 
     Args:
         output_dir: folder of the run; need not exist.
-        resume: continue from its newest checkpoint, or start if there is none yet.
+        resume: continue from its newest checkpoint, or start if there is none yet; None: such runs have no checkpoints.
         overwrite: without `resume`, an earlier run there may be deleted.
         sources: folders that this run reads, as far as there are any.
 
@@ -142,9 +142,10 @@ def prepare_output_dir(
                 "starts from it. Choose another output_dir."
             )
     if held and not overwrite:
+        resuming = "" if resume is None else "continue it with resume_from_checkpoint=true, "
         raise FileExistsError(
-            f"output_dir {output_dir} already holds a run ({', '.join(held)}). Continue it with "
-            "resume_from_checkpoint=true, choose another output_dir, or delete it with overwrite_output_dir=true."
+            f"output_dir {output_dir} already holds a run ({', '.join(held)}): {resuming}choose another output_dir, or "
+            "delete it with overwrite_output_dir=true."
         )
     return None
 

@@ -197,6 +197,14 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
             prepare_output_dir(folder, resume=False, overwrite=False, sources=())
 
 
+def test_what_cannot_be_resumed_is_not_offered(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    for resume, offered in ((False, True), (None, False)):
+        with pytest.raises(FileExistsError, match="choose another output_dir") as caught:
+            prepare_output_dir(tmp_path, resume=resume, overwrite=False, sources=())
+        assert ("resume_from_checkpoint" in str(caught.value)) is offered
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "config.yaml", "recipe.py"])
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, True), (True, False), (False, False)])
 def test_what_no_run_wrote_is_never_replaced(name: str, resume: bool, overwrite: bool, tmp_path: Path) -> None:
