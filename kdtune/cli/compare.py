@@ -43,3 +43,6 @@ def main(argv: Sequence[str]) -> None:
         print(visible(comparing.table(one), keep="\n"))
         for left_out in one.left_out:
             print(f"\nleft out: {visible(left_out)}")
+        counts = {each.task: each.num_examples for each in one.differences if each.subset is None}
+        if few := ", ".join(f"{task}: {count}" for task, count in counts.items() if count < comparing.FEW):
+            print(f"\nintervals of few examples are too narrow ({visible(few)}): do not rely on such a verdict")

@@ -173,6 +173,12 @@ def test_refusals(change: dict[str, object], message: str, write: Write) -> None
         comparing.compare(first, second)
 
 
+def test_few_examples_are_told(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = ([*text(shift), Example("said", "0", values={"rouge_l": 0.5})] for shift in (0.0, 0.1))
+    main(["compare", str(write("a", first)), str(write("b", second))])
+    assert "intervals of few examples are too narrow (said: 1)" in capsys.readouterr().out
+
+
 def test_the_command(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, third = write("a", text()), write("b", text(-0.02, seed=5)), write("c", text(0.3))
     main(["compare", str(first), str(second), str(third)])
@@ -181,6 +187,7 @@ def test_the_command(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture
     verdicts = [line.strip("| ").rpartition("| ")[2] for line in printed.splitlines() if line.startswith("| text ")]
     assert verdicts[:4] == ["better"] * 3 + ["no difference shown"]
     assert verdicts[6:9] == ["worse"] * 3
+    assert "too narrow" not in printed
     main(["compare", str(first), str(third), "--json", "--resamples", "200"])
     (found,) = json.loads(capsys.readouterr().out)
     assert found["baseline"] == str(first)
