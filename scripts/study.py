@@ -1,0 +1,222 @@
+"""Tables and figures of what scripts/study.sh has run, for docs/study.md.
+
+    python scripts/study.py runs/study
+    python scripts/study.py runs/study --figures docs
+
+Every setting is compared with the student of the teacher alone (`main`, kd_ratio=1), seed by seed: runs of one seed see
+the same rows in the same order. `--figures` also draws (it takes matplotlib).
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtune.cli.sweep import SEED, last_values, spread
+
+Values = dict[str, float]
+METRICS = {"val_ce_loss": "cross-entropy", "val_kd_loss": "KL to the teacher", "val_agreement": "top-1 agreement"}
+REFERENCE = "teacher alone"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sweeps that answer one question.
+
+    Attributes:
+        title: of its table.
+        name: of a variant, from the values of its axes.
+        sweeps: folders.
+        has_reference: whether its students are asked the same as those of `main`.
+    """
+
+    title: str
+    name: Callable[[str, Mapping[str, str]], str]
+    sweeps: tuple[str, ...]
+    has_reference: bool = True
+
+
+def by_ratio(kd_ratio: str) -> str:
+    return {"0": "labels alone", "1": REFERENCE}.get(kd_ratio, f"kd_ratio {kd_ratio}")
+
+
+def of_pair(sweep: str, values: Mapping[str, str]) -> str:
+    teacher, student = (
+        "fine-tuned" if "task" in values.get(f"{which}checkpointer.checkpoint_dir", "task") else "plain"
+        for which in ("teacher_", "")
+    )
+    return f"{student} student, " + ("labels alone" if sweep == "plain_labels" else f"{teacher} teacher")
+
+
+def of_hidden(sweep: str, values: Mapping[str, str]) -> str:
+    what = "logits and hidden states" if values.get("kd_loss.weight") == "1" else "hidden states alone"
+    return f"{what}, layer by layer" if "layerwise" in sweep else what
+
+
+START = {"random": "random weights", "random_hidden": "random weights", "narrow": "pruned to a narrow MLP"}
+
+
+def of_start(sweep: str, values: Mapping[str, str]) -> str:
+    what = by_ratio(values["kd_ratio"]) if "kd_ratio" in values else of_hidden(sweep, values)
+    return f"{START[sweep]}: {what}"
+
+
+PARTS = (
+    Part("The teacher or the labels", lambda _, values: by_ratio(values["kd_ratio"]), ("main",)),
+    Part("More steps on labels", lambda *_: "labels alone, 190 steps: the same compute", ("compute",)),
+    Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
+    Part(
+        "Learning rate",
+        lambda _, values: f"{by_ratio(values['kd_ratio'])}, lr {float(values['optimizer.lr']):g}",
+        ("lr",),
+    ),
+    Part("Divergence", lambda _, values: values["kd_loss.name"], ("divergence",)),
+    Part("Temperature", lambda _, values: f"temperature {values['kd_loss.temperature']}", ("temperature",)),
+    Part("Hidden states", of_hidden, ("hidden", "layerwise")),
+    Part(
+        "Size of the student",
+        lambda _, values: f"layers {values['checkpointer.keep_layers']}: {by_ratio(values['kd_ratio'])}",
+        ("size",),
+    ),
+    Part("Start of the student", of_start, tuple(START)),
+    Part("Another task: fine-tuned or plain", of_pair, ("plain", "plain_labels"), has_reference=False),
+)
+
+
+def read(study: Path, part: Part) -> dict[str, dict[str, Values]]:
+    """What the finished runs of each variant ended with, by seed."""
+    found: dict[str, dict[str, Values]] = {}
+    for sweep in part.sweeps:
+        path = study / sweep / "sweep.json"
+        for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else ():
+            values = last_values(study / sweep / run["name"])
+            if run["state"] == "done" and "val_ce_loss" in values:
+                found.setdefault(part.name(sweep, run["values"]), {})[run["values"][SEED]] = values
+    return found
+
+
+def differences(runs: Mapping[str, Values], others: Mapping[str, Values], key: str = "val_ce_loss") -> list[float]:
+    """Of the seeds that both have."""
+    return [runs[seed][key] - others[seed][key] for seed in runs if seed in others]
+
+
+def with_error(values: Sequence[float]) -> str:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}" if values else ""
+    return f"{statistics.fmean(values):+.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def tables(study: Path) -> Iterator[str]:
+    """Markdown."""
+    reference = read(study, PARTS[0]).get(REFERENCE, {})
+    for part in PARTS:
+        found = read(study, part)
+        if not found:
+            continue
+        head = ["", "seeds", *METRICS.values(), *(["cross-entropy, to the teacher alone"] * part.has_reference)]
+        yield f"\n### {part.title}\n\n| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}"
+        for name, runs in found.items():
+            cells = [name, str(len(runs)), *(spread([run[key] for run in runs.values()]) for key in METRICS)]
+            if part.has_reference:
+                cells.append("" if name == REFERENCE else with_error(differences(runs, reference)))
+            yield f"| {' | '.join(cells)} |"
+
+
+def curves(study: Path) -> dict[str, dict[int, list[float]]]:
+    """Validation cross-entropies of the seeds of `main` by step."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in json.loads((study / "main" / "sweep.json").read_text(encoding="utf-8"))["runs"]:
+        by_step = found.setdefault(by_ratio(run["values"]["kd_ratio"]), {})
+        path = study / "main" / run["name"] / "metrics.jsonl"
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if "val_ce_loss" in line:
+                by_step.setdefault(line["step"], []).append(line["val_ce_loss"])
+    return found
+
+
+def claim(study: Path) -> str:
+    """How much earlier and better the student of the teacher is than that of the labels."""
+    found = read(study, PARTS[0])
+    ahead = [-difference for difference in differences(found[REFERENCE], found["labels alone"])]
+    mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(ahead))
+    of_labels = curves(study)["labels alone"]
+    last = max(of_labels)
+    goal = statistics.fmean(of_labels[last])
+    means = {step: statistics.fmean(values) for step, values in curves(study)[REFERENCE].items()}
+    reached = min((step for step, value in means.items() if value <= goal), default=None)
+    when = f"has been reached with the teacher by step {reached}" if reached else "is never reached with the teacher"
+    return (
+        f"After {last} steps the student of the teacher is {mean:.3f} nats ahead, standard error {error:.4f} over "
+        f"{len(ahead)} seeds: {mean / error:.0f} of them. What the labels reach then, {goal:.3f}, {when}."
+    )
+
+
+def draw(study: Path, folder: Path) -> None:
+    """study_curves.svg and study_settings.svg."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The salt makes it the same file each time.
+    matplotlib.rcParams.update({"svg.hashsalt": "kdtune", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for color, (name, by_step) in zip(("C0", "C1"), curves(study).items(), strict=True):
+        steps = sorted(by_step)
+        means = [statistics.fmean(by_step[step]) for step in steps]
+        spreads = [statistics.stdev(by_step[step]) for step in steps]
+        axis.plot(steps, means, "o-", color=color, label=name, markersize=3)
+        low, high = ([mean + sign * one for mean, one in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+        if name != REFERENCE:
+            axis.axhline(means[-1], color=color, linewidth=0.8, linestyle=":")
+    axis.set(xlabel="step", ylabel="cross-entropy of the validation rows, nats")
+    axis.legend(frameon=False)
+    save(figure, folder / "study_curves.svg")
+
+    reference = read(study, PARTS[0])[REFERENCE]
+    rows: list[tuple[str, list[float]]] = []
+    for part in PARTS:
+        if part.has_reference:
+            found = {name: runs for name, runs in read(study, part).items() if name != REFERENCE}
+            rows += [(part.title, [])] * bool(found)
+            rows += [(name, differences(runs, reference)) for name, runs in found.items()]
+    figure, axis = pyplot.subplots(figsize=(6.5, 0.6 + 0.19 * len(rows)), layout="constrained")
+    for height, (_, values) in zip(range(len(rows), 0, -1), rows, strict=True):
+        axis.plot(values, [height] * len(values), "o", color="C0", alpha=0.4, markersize=3)
+        if values:
+            axis.plot([statistics.fmean(values)], [height], "|", color="C3", markersize=9)
+    axis.axvline(0, color="C1", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_yticks(range(len(rows), 0, -1), [name if values else "" for name, values in rows])
+    for height, (name, values) in zip(range(len(rows), 0, -1), rows, strict=True):
+        if not values:
+            axis.text(0.0, height, name, transform=axis.get_yaxis_transform(), weight="bold", va="center")
+    axis.set_xlabel("cross-entropy, nats above that of the student of the teacher alone; a dot for each seed")
+    save(figure, folder / "study_settings.svg")
+
+
+def save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
+    figure.savefig(path, metadata={"Date": None})
+    print(f"drew {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", default=Path("runs/study"))
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw into this folder")
+    settings = parser.parse_args()
+    if not (settings.study / "main" / "sweep.json").exists():
+        raise SystemExit(f"{settings.study} has no main/sweep.json: run `bash scripts/study.sh main` first.")
+    print(claim(settings.study))
+    print("\n".join(tables(settings.study)))
+    if settings.figures is not None:
+        draw(settings.study, settings.figures)
+
+
+if __name__ == "__main__":
+    main()
