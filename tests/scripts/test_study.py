@@ -1,4 +1,4 @@
-"""The study: every sweep of its script is one that `kdtune sweep` accepts, and its tables say what the runs ended with."""
+"""The study: `kdtune sweep` accepts every call of its script, and its tables say what the runs ended with."""
 
 from __future__ import annotations
 
