@@ -5,11 +5,11 @@
 #     bash scripts/study.sh main lr      # some of its parts
 #     python scripts/study.py            # tables and figures of what there is
 #
-# More runs at a time: JOBS=4. Another folder than runs/study: STUDY=...
+# More runs at a time: JOBS=4. More seeds: SEEDS=0,1,2,3. Another folder than runs/study: STUDY=...
 set -euo pipefail
 
 study=${STUDY:-runs/study}
-few="seed=0,1,2"
+few="seed=${SEEDS:-0,1,2}"
 parts=${*:-main compute ratio lr divergence temperature plain size hidden start}
 
 run() {  # folder, recipe, settings
@@ -28,28 +28,28 @@ quiet=("sample_prompts=[]" dataset_val.split=null run_val_every_n_steps=0)
 common=("${quiet[@]}")
 
 main() {  # the teacher's word against the labels', step by step
-    run main knowledge_distillation kd_ratio=1,0 seed=0,1,2,3,4 run_val_every_n_steps=20
+    run main knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 run_val_every_n_steps=20
 }
 
 compute() {  # labels alone for as long as 120 steps with a teacher take
-    run compute knowledge_distillation kd_ratio=0 max_steps=190 seed=0,1,2,3,4
+    run compute knowledge_distillation seed=0,1,2,3,4 kd_ratio=0 max_steps=190
 }
 
 ratio() {
-    run ratio knowledge_distillation kd_ratio=0.25,0.5,0.75 $few
+    run ratio knowledge_distillation $few kd_ratio=0.25,0.5,0.75
 }
 
 lr() {
-    run lr knowledge_distillation kd_ratio=0,1 optimizer.lr=5e-4,1e-3,4e-3,8e-3 $few
+    run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,1e-3,4e-3,8e-3
 }
 
 divergence() {
-    run divergence knowledge_distillation \
-        kd_loss.name=reverse_kl,jsd,symmetric_kl,skew_forward_kl,skew_reverse_kl,total_variation $few
+    run divergence knowledge_distillation $few \
+        kd_loss.name=reverse_kl,jsd,symmetric_kl,skew_forward_kl,skew_reverse_kl,total_variation
 }
 
 temperature() {
-    run temperature knowledge_distillation kd_loss.temperature=0.5,2,4 $few
+    run temperature knowledge_distillation $few kd_loss.temperature=0.5,2,4
 }
 
 # Another task on the same text, which the embedded teacher has not learned: to write the question to an answer.
@@ -64,16 +64,16 @@ plain() {  # teacher and student with the task before them for the first time, o
     once models/task_teacher finetune "${new[@]}" max_steps=150 optimizer.lr=1e-3 lr_scheduler.num_warmup_steps=10
     once models/task_student finetune "${new[@]}" max_steps=120 optimizer.lr=2e-3 lr_scheduler.num_warmup_steps=10 \
         gradient_accumulation_steps=2 checkpointer.checkpoint_dir="$study/models/student/model"
-    run plain knowledge_distillation "${task[@]}" checkpointer.keep_layers=null $few \
+    run plain knowledge_distillation $few "${task[@]}" checkpointer.keep_layers=null \
         teacher_checkpointer.checkpoint_dir="$asset,$study/models/task_teacher/model" \
         checkpointer.checkpoint_dir="$study/models/student/model,$study/models/task_student/model"
-    run plain_labels knowledge_distillation "${task[@]}" checkpointer.keep_layers=null kd_ratio=0 $few \
+    run plain_labels knowledge_distillation $few "${task[@]}" checkpointer.keep_layers=null kd_ratio=0 \
         teacher_checkpointer.checkpoint_dir="$study/models/task_teacher/model" \
         checkpointer.checkpoint_dir="$study/models/student/model,$study/models/task_student/model"
 }
 
 size() {  # students of one, two and three of the teacher's four layers
-    run size knowledge_distillation kd_ratio=1,0 "checkpointer.keep_layers=[0],[0,1,3]" $few
+    run size knowledge_distillation $few kd_ratio=1,0 "checkpointer.keep_layers=[0],[0,1,3]"
 }
 
 # The student's layers 0 and 1 are the teacher's 0 and 3: the first stands for three of them.
@@ -82,16 +82,16 @@ hidden_states="{name: normalized_mse, $pairs}"
 layer_by_layer="{name: normalized_mse, inputs: teacher, $pairs}"
 
 hidden() {  # the logits, the hidden states, or both; and each layer by itself
-    run hidden knowledge_distillation kd_loss.weight=1,0 "hidden_loss=$hidden_states" $few
-    run layerwise knowledge_distillation kd_loss.weight=0 "hidden_loss=$layer_by_layer" $few
+    run hidden knowledge_distillation $few kd_loss.weight=1,0 "hidden_loss=$hidden_states"
+    run layerwise knowledge_distillation $few kd_loss.weight=0 "hidden_loss=$layer_by_layer"
 }
 
 start() {  # the same from random weights, and from a narrower student instead of a shorter one
-    run random knowledge_distillation checkpointer.random_weights=true kd_ratio=0,1 $few
-    run random_hidden knowledge_distillation checkpointer.random_weights=true "hidden_loss=$hidden_states" kd_loss.weight=1,0 $few
+    run random knowledge_distillation $few checkpointer.random_weights=true kd_ratio=0,1
+    run random_hidden knowledge_distillation $few checkpointer.random_weights=true "hidden_loss=$hidden_states" kd_loss.weight=1,0
     once models/narrow prune depth.num_layers=null depth.importance=null width.intermediate_size=128
-    run narrow knowledge_distillation kd_ratio=1,0 checkpointer.keep_layers=null \
-        checkpointer.checkpoint_dir="$study/models/narrow/model" $few
+    run narrow knowledge_distillation $few kd_ratio=1,0 checkpointer.keep_layers=null \
+        checkpointer.checkpoint_dir="$study/models/narrow/model"
 }
 
 for part in $parts; do
