@@ -77,7 +77,7 @@ def one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ("quantization.py", "full int4 fp8_dynamic", "--tokens 12 --hidden 128 --layers 1 --rows 2"),
         (
             "teacher_cache.py",
-            "kdtune-8 kdtune-samples kdtune-hidden distillkit-16 megatron nemo-aligner",
+            "kdtune-8 kdtune-200 kdtune-hidden distillkit-16 megatron nemo-aligner",
             "--sources 97 quickstart --tokens 5 --examples 2",
         ),
         (

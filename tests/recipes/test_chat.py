@@ -44,8 +44,7 @@ def test_the_finished_model_is_asked_as_it_was_trained(
     model = tokenizers.load(run / "model")
     assert model.chat_templates == {"default": template}
     assert model.eos_id in model.eos_ids
-    _, hint = capsys.readouterr().out.rstrip().rsplit("\n", 1)
-    command = shlex.split(hint)
+    command, _ = (shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  kdtune "))
     assert command[:3] == ["kdtune", "run", "generate"]
     assert command[-2:] == ["chat=true", "prompt=Hello"]
     main([*command[1:], "max_new_tokens=4"])
