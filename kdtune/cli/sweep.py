@@ -185,7 +185,7 @@ class Sweep:
         lines = [[*axes, "runs", *shown]]
         for variant, group in groups.items():
             cells = [spread([values[key] for values in group if key in values]) for key in shown]
-            lines.append([*variant, str(len(group)), *cells])
+            lines.append([*(value.replace("|", r"\|") for value in variant), str(len(group)), *cells])
         return _markdown(lines, num_texts=len(axes))
 
 
@@ -348,6 +348,8 @@ def _places(call: recipe.Call) -> list[str | None]:
     devices, jobs = call.options.devices, call.options.jobs
     if devices and jobs:
         raise ValueError("--devices runs one at a time on each of them, which is as many as --jobs says: give one.")
+    if devices and any(override.startswith("device=") for override in call.overrides):
+        raise ValueError("--devices says where each run goes, and device= says it of all of them: give one.")
     return devices or [None] * (jobs or 1)
 
 

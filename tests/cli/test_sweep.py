@@ -139,6 +139,11 @@ def test_devices_each_take_one_run_at_a_time(sweep: Run) -> None:
     assert sweep("seed=0,1,2,3")[0] == 0  # where it ran does not matter
 
 
+def test_a_bar_in_a_value_makes_no_column(sweep: Run) -> None:
+    assert sweep("text=a|b,c")[0] == 0
+    assert r"| a\|b " in Path("out/sweep.md").read_text()
+
+
 def test_dry_run_writes_nothing(sweep: Run) -> None:
     status, out, _ = sweep("--dry-run", "seed=0,1")
     assert status == 0
@@ -161,6 +166,7 @@ def test_dry_run_writes_nothing(sweep: Run) -> None:
         (["seed=0,1", "--jobs", "x"], "--jobs: must be a whole number, at least 1"),
         (["seed=0,1", "--jobs", "2", "--devices", "cpu"], "give one"),
         (["seed=0,1", "--devices", "cpu,cpu"], "each once"),
+        (["seed=0,1", "--devices", "cpu", "device=cpu"], "give one"),
     ],
 )
 def test_refused_before_anything_runs(sweep: Run, argv: list[str], complaint: str) -> None:
