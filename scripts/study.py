@@ -19,7 +19,8 @@ from kdtune.cli.sweep import SEED, last_values, spread
 
 Values = dict[str, float]
 METRICS = {"val_ce_loss": "cross-entropy", "val_kd_loss": "KL to the teacher", "val_agreement": "top-1 agreement"}
-REFERENCE = "teacher alone"
+REFERENCE, LABELS = "teacher alone", "labels alone"
+MAIN = {"main": "learning rate 2e-3, the quickstart's", "tuned": "1e-3, better for both"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Part:
 
 
 def by_ratio(kd_ratio: str) -> str:
-    return {"0": "labels alone", "1": REFERENCE}.get(kd_ratio, f"kd_ratio {kd_ratio}")
+    return {"0": LABELS, "1": REFERENCE}.get(kd_ratio, f"kd_ratio {kd_ratio}")
 
 
 def of_pair(sweep: str, values: Mapping[str, str]) -> str:
@@ -66,6 +67,7 @@ def of_start(sweep: str, values: Mapping[str, str]) -> str:
 
 PARTS = (
     Part("The teacher or the labels", lambda _, values: by_ratio(values["kd_ratio"]), ("main",)),
+    Part("With a better learning rate", lambda _, values: by_ratio(values["kd_ratio"]), ("tuned",)),
     Part("More steps on labels", lambda *_: "labels alone, 190 steps: the same compute", ("compute",)),
     Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
     Part(
@@ -122,31 +124,36 @@ def tables(study: Path) -> Iterator[str]:
         for name, runs in found.items():
             cells = [name, str(len(runs)), *(spread([run[key] for run in runs.values()]) for key in METRICS)]
             if part.has_reference:
-                cells.append("" if name == REFERENCE else with_error(differences(runs, reference)))
+                cells.append("" if runs == reference else with_error(differences(runs, reference)))
             yield f"| {' | '.join(cells)} |"
 
 
-def curves(study: Path) -> dict[str, dict[int, list[float]]]:
-    """Validation cross-entropies of the seeds of `main` by step."""
+def curves(study: Path, sweep: str) -> dict[str, dict[int, list[float]]]:
+    """Validation cross-entropies of the seeds by step, with the teacher and without; empty if it was not run."""
     found: dict[str, dict[int, list[float]]] = {}
-    for run in json.loads((study / "main" / "sweep.json").read_text(encoding="utf-8"))["runs"]:
+    path = study / sweep / "sweep.json"
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else ():
+        if run["state"] != "done":
+            continue
         by_step = found.setdefault(by_ratio(run["values"]["kd_ratio"]), {})
-        path = study / "main" / run["name"] / "metrics.jsonl"
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        metrics = study / sweep / run["name"] / "metrics.jsonl"
+        for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
             if "val_ce_loss" in line:
                 by_step.setdefault(line["step"], []).append(line["val_ce_loss"])
     return found
 
 
-def claim(study: Path) -> str:
+def claim(study: Path, sweep: str) -> str:
     """How much earlier and better the student of the teacher is than that of the labels."""
-    found = read(study, PARTS[0])
-    ahead = [-difference for difference in differences(found[REFERENCE], found["labels alone"])]
+    found = read(study, next(part for part in PARTS if part.sweeps == (sweep,)))
+    ahead = [-difference for difference in differences(found[REFERENCE], found[LABELS])]
+    if len(ahead) < 2:
+        return "It takes two seeds to say by how much one is ahead."
     mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(ahead))
-    of_labels = curves(study)["labels alone"]
+    of_labels = curves(study, sweep)[LABELS]
     last = max(of_labels)
     goal = statistics.fmean(of_labels[last])
-    means = {step: statistics.fmean(values) for step, values in curves(study)[REFERENCE].items()}
+    means = {step: statistics.fmean(values) for step, values in curves(study, sweep)[REFERENCE].items()}
     reached = min((step for step, value in means.items() if value <= goal), default=None)
     when = f"has been reached with the teacher by step {reached}" if reached else "is never reached with the teacher"
     return (
@@ -164,25 +171,30 @@ def draw(study: Path, folder: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "kdtune", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    for color, (name, by_step) in zip(("C0", "C1"), curves(study).items(), strict=True):
-        steps = sorted(by_step)
-        means = [statistics.fmean(by_step[step]) for step in steps]
-        spreads = [statistics.stdev(by_step[step]) for step in steps]
-        axis.plot(steps, means, "o-", color=color, label=name, markersize=3)
-        low, high = ([mean + sign * one for mean, one in zip(means, spreads, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
-        if name != REFERENCE:
-            axis.axhline(means[-1], color=color, linewidth=0.8, linestyle=":")
-    axis.set(xlabel="step", ylabel="cross-entropy of the validation rows, nats")
-    axis.legend(frameon=False)
+    shown = {title: found for sweep, title in MAIN.items() if (found := curves(study, sweep))}
+    figure, all_axes = pyplot.subplots(
+        1, len(shown), figsize=(4 * len(shown), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (title, found) in zip(all_axes[0], shown.items(), strict=True):
+        for color, (name, by_step) in zip(("C0", "C1"), found.items(), strict=True):
+            steps = sorted(by_step)
+            means = [statistics.fmean(by_step[step]) for step in steps]
+            spreads = [statistics.stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps]
+            axis.plot(steps, means, "o-", color=color, label=name, markersize=3)
+            low, high = ([mean + sign * one for mean, one in zip(means, spreads, strict=True)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+            if name == LABELS:
+                axis.axhline(means[-1], color=color, linewidth=0.8, linestyle=":")
+        axis.set(xlabel="step", title=title)
+    all_axes[0, 0].set_ylabel("cross-entropy of the validation rows, nats")
+    all_axes[0, 0].legend(frameon=False)
     save(figure, folder / "study_curves.svg")
 
     reference = read(study, PARTS[0])[REFERENCE]
     rows: list[tuple[str, list[float]]] = []
     for part in PARTS:
         if part.has_reference:
-            found = {name: runs for name, runs in read(study, part).items() if name != REFERENCE}
+            found = {name: runs for name, runs in read(study, part).items() if runs != reference}
             rows += [(part.title, [])] * bool(found)
             rows += [(name, differences(runs, reference)) for name, runs in found.items()]
     figure, axis = pyplot.subplots(figsize=(6.5, 0.6 + 0.19 * len(rows)), layout="constrained")
@@ -212,7 +224,9 @@ def main() -> None:
     settings = parser.parse_args()
     if not (settings.study / "main" / "sweep.json").exists():
         raise SystemExit(f"{settings.study} has no main/sweep.json: run `bash scripts/study.sh main` first.")
-    print(claim(settings.study))
+    for sweep, title in MAIN.items():
+        if (settings.study / sweep / "sweep.json").exists():
+            print(f"{title}: {claim(settings.study, sweep)}")
     print("\n".join(tables(settings.study)))
     if settings.figures is not None:
         draw(settings.study, settings.figures)

@@ -10,7 +10,7 @@ set -euo pipefail
 
 study=${STUDY:-runs/study}
 few="seed=${SEEDS:-0,1,2}"
-parts=${*:-main compute ratio lr divergence temperature plain size hidden start}
+parts=${*:-main tuned compute ratio lr divergence temperature plain size hidden start}
 
 run() {  # folder, recipe, settings
     local folder=$1 recipe=$2
@@ -29,6 +29,10 @@ common=("${quiet[@]}")
 
 main() {  # the teacher's word against the labels', step by step
     run main knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 run_val_every_n_steps=20
+}
+
+tuned() {  # the same with a learning rate that is better for both
+    run tuned knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 optimizer.lr=1e-3 run_val_every_n_steps=20
 }
 
 compute() {  # labels alone for as long as 120 steps with a teacher take

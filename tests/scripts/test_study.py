@@ -74,8 +74,8 @@ def test_tables(tmp_path: Path) -> None:
     )
     finish(tmp_path, "temperature", [({"kd_loss.temperature": "2", "seed": "1"}, [3.0, 2.6])])
     # 0.5 and 0.3 ahead: 0.4 on average, with 0.1 of error. 2.45 is first passed at step 20, where both average 2.45.
-    assert "0.400 nats ahead, standard error 0.1000 over 2 seeds: 4 of them" in script["claim"](tmp_path)
-    assert "2.450, has been reached with the teacher by step 20" in script["claim"](tmp_path)
+    assert "0.400 nats ahead, standard error 0.1000 over 2 seeds: 4 of them" in script["claim"](tmp_path, "main")
+    assert "2.450, has been reached with the teacher by step 20" in script["claim"](tmp_path, "main")
     lines = "\n".join(script["tables"](tmp_path)).splitlines()
     assert "| teacher alone | 2 | 2.050 ± 0.071 | 0.2050 ± 0.0071 | 0.5000 ± 0.0000 |  |" in lines
     assert "| labels alone | 2 | 2.450 ± 0.071 | 0.2450 ± 0.0071 | 0.5000 ± 0.0000 | +0.400 ± 0.100 |" in lines
@@ -85,7 +85,7 @@ def test_tables(tmp_path: Path) -> None:
 def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figures of the study are drawn with matplotlib")
     script = runpy.run_path(str(ROOT / "scripts" / "study.py"))
-    both = [({"kd_ratio": ratio, "seed": seed}, [3.0, 2.0 + int(seed) / 10]) for ratio in "10" for seed in "01"]
+    both = [({"kd_ratio": ratio, "seed": seed}, [3.0, 2.0 + int(seed + ratio) / 10]) for ratio in "10" for seed in "01"]
     finish(tmp_path, "main", both)
     script["draw"](tmp_path, tmp_path)
     assert "labels alone" in (tmp_path / "study_settings.svg").read_text()
