@@ -68,11 +68,13 @@ def of_start(sweep: str, values: Mapping[str, str]) -> str:
 PARTS = (
     Part("The teacher or the labels", lambda _, values: by_ratio(values["kd_ratio"]), ("main",)),
     Part("With a better learning rate", lambda _, values: by_ratio(values["kd_ratio"]), ("tuned",)),
-    Part("More steps on labels", lambda *_: "labels alone, 190 steps: the same compute", ("compute",)),
+    Part(
+        "More steps on labels", lambda _, values: f"labels alone, 190 steps, lr {values['optimizer.lr']}", ("compute",)
+    ),
     Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
     Part(
         "Learning rate",
-        lambda _, values: f"{by_ratio(values['kd_ratio'])}, lr {float(values['optimizer.lr']):g}",
+        lambda _, values: f"{by_ratio(values['kd_ratio'])}, lr {values['optimizer.lr']}",
         ("lr",),
     ),
     Part("Divergence", lambda _, values: values["kd_loss.name"], ("divergence",)),
@@ -186,7 +188,7 @@ def draw(study: Path, folder: Path) -> None:
             if name == LABELS:
                 axis.axhline(means[-1], color=color, linewidth=0.8, linestyle=":")
         axis.set(xlabel="step", title=title)
-    all_axes[0, 0].set_ylabel("cross-entropy of the validation rows, nats")
+    all_axes[0, 0].set_ylabel("cross-entropy, nats")
     all_axes[0, 0].legend(frameon=False)
     save(figure, folder / "study_curves.svg")
 
@@ -203,12 +205,15 @@ def draw(study: Path, folder: Path) -> None:
         if values:
             axis.plot([statistics.fmean(values)], [height], "|", color="C3", markersize=9)
     axis.axvline(0, color="C1", linewidth=0.8)
-    axis.set_xscale("symlog", linthresh=0.1)
-    axis.set_yticks(range(len(rows), 0, -1), [name if values else "" for name, values in rows])
-    for height, (name, values) in zip(range(len(rows), 0, -1), rows, strict=True):
-        if not values:
-            axis.text(0.0, height, name, transform=axis.get_yaxis_transform(), weight="bold", va="center")
-    axis.set_xlabel("cross-entropy, nats above that of the student of the teacher alone; a dot for each seed")
+    axis.set_xscale("symlog", linthresh=0.1, linscale=2)
+    ticks = [-0.1, -0.05, 0, 0.05, 0.1, 1, 5]
+    axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axis.set_yticks(range(len(rows), 0, -1), [name for name, _ in rows])
+    for label, (_, values) in zip(axis.get_yticklabels(), rows, strict=True):
+        label.set_weight("normal" if values else "bold")
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", linewidth=0.4)
+    axis.set_xlabel("cross-entropy beside the teacher alone, nats")
     save(figure, folder / "study_settings.svg")
 
 

@@ -36,7 +36,7 @@ tuned() {  # the same with a learning rate that is better for both
 }
 
 compute() {  # labels alone for as long as 120 steps with a teacher take
-    run compute knowledge_distillation seed=0,1,2,3,4 kd_ratio=0 max_steps=190
+    run compute knowledge_distillation $few kd_ratio=0 max_steps=190 optimizer.lr=2e-3,1e-3
 }
 
 ratio() {
@@ -44,7 +44,7 @@ ratio() {
 }
 
 lr() {
-    run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,1e-3,4e-3,8e-3
+    run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,1e-3,4e-3
 }
 
 divergence() {

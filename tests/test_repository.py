@@ -273,7 +273,7 @@ def test_documented_commands(session: list[list[str]], tmp_path: Path, monkeypat
             continue
         if program == "kdtune":
             try_command(words)
-        elif program == "python":
+        elif program in ("python", "bash"):
             assert (ROOT / words[0]).is_file()
         else:
             assert program in {"pip", "pytest", "ruff", "mypy", "torchrun", ".ci/run"}, "a program that readers have"
