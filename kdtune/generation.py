@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdtune.documents import Documents
 from kdtune.models import Decoder, KVCache
+from kdtune.printable import TEXT, visible
 from kdtune.tokenizers import Tokenizer
 
 
@@ -130,12 +131,22 @@ def compare(
         name: generate(model, tokens, max_new_tokens=max_new_tokens, stop_ids=tokenizer.eos_ids)
         for name, model in named_models.items()
     }
-    width = max(len(name) for name in ("prompt", *named_models)) + 2
-    lines = []
-    for row, prompt in enumerate(prompts):
-        lines += ["", f"{'prompt:':<{width}}{prompt}"]
-        lines += [f"{name + ':':<{width}}{tokenizer.decode(new[row])}" for name, new in continuations.items()]
-    return "\n".join(lines)
+    return "\n".join(
+        "\n" + side_by_side(prompt, {name: tokenizer.decode(new[row]) for name, new in continuations.items()})
+        for row, prompt in enumerate(prompts)
+    )
+
+
+def side_by_side(prompt: str, continuations: Mapping[str, str]) -> str:
+    """A prompt and what models made of it, below each other, with nothing in it that a terminal would obey.
+
+    Args:
+        prompt: text.
+        continuations: text by the model's name.
+    """
+    texts = {"prompt": prompt, **continuations}
+    width = max(map(len, texts)) + 2
+    return "\n".join(f"{name + ':':<{width}}{visible(text, keep=TEXT)}" for name, text in texts.items())
 
 
 def _until_stop(row: list[int], stop_ids: Collection[int]) -> list[int]:

@@ -366,7 +366,17 @@ def describe(folder: str, model: ModelConfig) -> str:
     )
 
 
-def describe_lora(lora: LoraConfig, model: ModelConfig) -> str:
+def describe_trained(cfg: Any, model: ModelConfig) -> str:
+    """The same of the model that a recipe trains, and a line for each thing that is not simply its weights."""
+    lines = [describe(cfg.checkpointer.checkpoint_dir, model)]
+    if cfg.lora is not None:
+        lines.append(f"lora      {_describe_lora(cfg.lora, model)}")
+    if cfg.qat is not None:
+        lines.append(f"qat       {cfg.qat}")
+    return "\n".join(lines)
+
+
+def _describe_lora(lora: LoraConfig, model: ModelConfig) -> str:
     """One line: how much of `model` is trained."""
     shapes = trained_shapes(model, lora)
     count = sum(math.prod(shape) for shape in shapes.values())

@@ -1,5 +1,7 @@
 """Text that comes from elsewhere, made harmless to whoever reads it."""
 
+TEXT = "\n\t\u200c\u200d"  # what belongs into a text of several lines; the joiners are how some scripts are written
+
 
 def visible(text: str, keep: str = "") -> str:
     """Text with all that does not print, or that a terminal would obey, as an escape.

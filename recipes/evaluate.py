@@ -23,6 +23,7 @@ from kdtune.config import MISSING, setting
 from kdtune.evaluation import estimates, responses, results, text
 from kdtune.evaluation.responses import ResponsesConfig
 from kdtune.evaluation.tasks import Tasks, TasksConfig, check_tasks, run_tasks, write_samples
+from kdtune.printable import TEXT, visible
 from kdtune.teacher import (
     FoundTeacher,
     LiveTeacher,
@@ -127,11 +128,9 @@ def main(cfg: Config) -> None:
             write_samples(output_dir, of_tasks)
         results.write(output_dir, evaluation, examples, tokens, said)
     for sample in samples:
-        print(f"\nprompt:   {sample.prompt}")
-        if sample.teacher is not None:
-            print(f"teacher:  {sample.teacher}")
-        print(f"model:    {sample.student}")
-    print(f"\n{results.table(evaluation)}\n")
+        of_teacher = {} if sample.teacher is None else {"teacher": sample.teacher}
+        print("\n" + generation.side_by_side(sample.prompt, {**of_teacher, "model": sample.student}))
+    print(f"\n{visible(results.table(evaluation), keep=TEXT)}\n")
     print(f"{work.num_tokens:,} tokens, {evaluation.tokens_per_second:,.0f} tokens/s")
     folder = shlex.quote(cfg.output_dir)
     print(f"The results are in {cfg.output_dir}. Look at them:\n  kdtune report {folder}")

@@ -265,11 +265,7 @@ def check(cfg: Config) -> Inputs:
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 
-    print(f"model     {preflight.describe(cfg.checkpointer.checkpoint_dir, model)}")
-    if cfg.lora is not None:
-        print(f"lora      {preflight.describe_lora(cfg.lora, model)}")
-    if cfg.qat is not None:
-        print(f"qat       {cfg.qat}")
+    print(f"model     {preflight.describe_trained(cfg, model)}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {ranks.describe()}"
     print(f"run       {steps}, into {output_dir}, {done} done{saving}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kdtune import checkpoint, devices, distributed, generation, models, preflight, tokenizers
 from kdtune.config import setting
+from kdtune.printable import TEXT, visible
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main(cfg: Config) -> None:
         for tokens in chain(*(found[first] for first in sorted(found))):
             prompt = inputs.rows[len(results)].prompt
             results.append({"prompt": prompt, "continuation": inputs.tokenizer.decode(tokens)})
-            print(f"--- {prompt}\n{results[-1]['continuation']}\n", flush=True)
+            print(visible(f"--- {prompt}\n{results[-1]['continuation']}\n", keep=TEXT), flush=True)
             num_tokens += len(tokens)
     print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started):.0f} tokens/s")
 

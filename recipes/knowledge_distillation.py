@@ -53,7 +53,6 @@ from kdtune.config import MISSING, setting
 from kdtune.interrupt import Interrupt
 from kdtune.teacher import (
     FoundTeacher,
-    LiveTeacher,
     Teacher,
     TeacherConfig,
     add_hidden_loss,
@@ -61,7 +60,6 @@ from kdtune.teacher import (
     compare_hidden,
     count_compared,
     find_teacher,
-    load_live_teacher,
     load_teacher,
     run_student,
     teacher_folders,
@@ -128,9 +126,7 @@ def main(cfg: Config) -> None:
     ranks = inputs.ranks
     torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    full_hidden = ask_full_teacher(cfg, inputs) if cfg.teacher.compare_quantization else None
-    student, teacher, optimizer = build(cfg, ranks, inputs.resume_from)
-
+    student, teacher, optimizer = build(cfg, ranks, inputs.resume_from, inputs.first_batch)
     writer = checkpoint.ModelWriter(student, cfg, inputs.student_config, inputs.companions, optimizer.master, ranks)
     torch.manual_seed(cfg.seed + ranks.rank)  # of dropout; a run that is resumed gets its own states back
     parts = {**checkpoint.beside(student), "optimizer": optimizer, "loader": inputs.loader}
@@ -138,8 +134,7 @@ def main(cfg: Config) -> None:
     run.record(config.to_yaml(cfg), recipe=Path(__file__))
     logger = metrics.MetricLogger(run.output_dir, cfg.metric_logger, dataclasses.asdict(cfg), run.step, ranks.is_first)
 
-    prove_teacher(cfg, inputs, student, teacher, full_hidden)
-    del full_hidden
+    prove_teacher(cfg, inputs, student, teacher)
     teacher.follow(inputs.loader)
     if inputs.val_batches and run.step == 0:
         logger.log(0, validate(cfg, inputs, student, teacher))
@@ -203,23 +198,18 @@ def main(cfg: Config) -> None:
                     raise SystemExit(interrupt.exit_code)
 
     found_by = writer.finish(run, devices.DTYPES[cfg.save_dtype or cfg.dtype])
-    before, after = (logger.logged(step, "val_ce_loss") for step in (0, run.step))
-    if before and after:
-        print(metrics.closing_table(before, after))
+    show(cfg, inputs, student, teacher, logger)
     logger.close()
-    sampled = {"teacher": teacher.model} if teacher.model else {}
-    sampled["student"] = student.eval()
-    print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))
     print(f"The student is in {run.output_dir}. Try it:\n{writer.commands(found_by)}")
     ranks.leave()
 
 
 def build(
-    cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None
+    cfg: Config, ranks: distributed.Ranks, resume_from: Path | None = None, first_batch: data.Batch | None = None
 ) -> tuple[models.Decoder, Teacher, optim.AdamW]:
     """Student, teacher and optimizer, in the order in which they are changed into what is trained."""
     dtype = devices.DTYPES[cfg.dtype]
-    teacher = load_teacher(cfg, ranks)
+    teacher = load_teacher(cfg, ranks, first_batch)
     shard = distributed.sharding(ranks, cfg.parallel, trains=True)
     student = checkpoint.load_start(cfg, resume_from, dtype=dtype, device=cfg.parallel.place(ranks.device), shard=shard)
     add_hidden_loss(student, cfg, ranks)
@@ -287,6 +277,7 @@ class Inputs:
     tokenizer: tokenizers.Tokenizer
     companions: dict[str, bytes]  # files to save beside the weights
     loader: data.Loader | data.StreamLoader
+    first_batch: data.Batch  # of it, to show what the teacher knows
     val_batches: dict[str, data.ValBatches]  # of each source; empty without dataset_val
     num_steps: int  # optimizer steps of the whole run
     lr_schedule: Callable[[int], float]  # step, from 1 -> learning rate
@@ -340,11 +331,7 @@ def check(cfg: Config) -> Inputs:
     done = checkpoint.check_resume(resume_from, loaded.loader, loaded.num_steps)
     lr_schedule = optim.lr_schedule(cfg.optimizer.lr, cfg.lr_scheduler, loaded.num_steps)
 
-    print(f"student   {preflight.describe(cfg.checkpointer.checkpoint_dir, student)}")
-    if cfg.lora is not None:
-        print(f"lora      {preflight.describe_lora(cfg.lora, student)}")
-    if cfg.qat is not None:
-        print(f"qat       {cfg.qat}")
+    print(f"student   {preflight.describe_trained(cfg, student)}")
     print(f"teacher   {teacher}")
     print(f"data      {loaded.summary()}")
     steps = f"{loaded.num_steps} steps, {cfg.dtype} on {ranks.describe()}"
@@ -358,6 +345,7 @@ def check(cfg: Config) -> Inputs:
         tokenizer=tokenizer,
         companions=companions,
         loader=loaded.loader,
+        first_batch=next(data.batches(loaded.loader.examples, cfg.batch_size, ranks.share)),
         val_batches=loaded.val_batches,
         num_steps=loaded.num_steps,
         lr_schedule=lr_schedule,
@@ -480,21 +468,19 @@ def evaluate(
     return dict(zip(names, (value / total for value in inputs.ranks.all_sum(sums)), strict=True))
 
 
-def ask_full_teacher(cfg: Config, inputs: Inputs) -> Tensor:
-    """Hidden states of the first rows, [b, s, d], before quantisation. The head has none, so that they tell it all."""
-    teacher = load_live_teacher(cfg, inputs.ranks, as_it_is=True)
-    return teacher(next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))).hidden
-
-
-def prove_teacher(
-    cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher, full_hidden: Tensor | None
-) -> None:
+def prove_teacher(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher) -> None:
     """Show on the first rows that the teacher knows the text, and say loudly if it does not."""
-    first_batch = next(data.batches(inputs.loader.examples, cfg.batch_size, inputs.ranks.share))
-    num_rows = f"{len(first_batch.tokens)} row{'s' * (len(first_batch.tokens) > 1)}"
-    if full_hidden is not None and isinstance(teacher, LiveTeacher):
-        found = teacher.compare(full_hidden, first_batch, cfg.loss_chunk_size)
-        print(f"teacher.quantization={cfg.teacher.quantization} on {num_rows}: {found}")
-    values = evaluate(cfg, inputs, [first_batch], student, teacher)
-    print(f"teacher check on {num_rows}: KL(teacher, student) {values['val_kd_loss']:.3f},", end=" ")
-    print(inputs.teacher.judge(values["val_teacher_ce_loss"]))
+    num_rows = len(inputs.first_batch.tokens)
+    values = evaluate(cfg, inputs, [inputs.first_batch], student, teacher)
+    print(f"teacher check on {num_rows} row{'s' * (num_rows > 1)}:", end=" ")
+    print(f"KL(teacher, student) {values['val_kd_loss']:.3f}, {inputs.teacher.judge(values['val_teacher_ce_loss'])}")
+
+
+def show(cfg: Config, inputs: Inputs, student: models.Decoder, teacher: Teacher, logger: metrics.MetricLogger) -> None:
+    """Print what training has changed, and what both models make of `sample_prompts`."""
+    before, after = (logger.logged(step, "val_ce_loss") for step in (0, inputs.num_steps))
+    if before and after:
+        print(metrics.closing_table(before, after))
+    sampled = {"teacher": teacher.model} if teacher.model else {}
+    sampled["student"] = student.eval()
+    print(generation.compare(sampled, inputs.tokenizer, cfg.sample_prompts, cfg.sample_max_new_tokens))

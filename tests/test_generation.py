@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdtune.checkpoint import load_model
-from kdtune.generation import generate, sample
+from kdtune.generation import generate, sample, side_by_side
 from kdtune.models import Decoder
 
 PROMPTS = [[1, 17, 4], [1, 9, 33, 60, 71, 8, 90, 12, 13], [5], [1, 2, 3, 4, 5, 6, 7]]
@@ -146,3 +146,13 @@ def test_top_p_allows_what_transformers_allows() -> None:
 def test_refusals(settings: dict[str, Any], message: str, model: Decoder) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": 4, **settings})
+
+
+def test_a_terminal_obeys_nothing_that_a_model_says() -> None:
+    shown = side_by_side("a\x1b[2Jb", {"teacher": "1\n\t2\r3", "model": "\u202egood \u0645\u06cc\u200c"})
+    assert shown.split("\n") == [
+        "prompt:  a\\x1b[2Jb",
+        "teacher: 1",
+        "\t2\\r3",
+        "model:   \\u202egood \u0645\u06cc\u200c",
+    ]

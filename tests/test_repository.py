@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "tensor_parallel": {"dtensors", "losses", "models"},
     "dtensors": set[str](),
     "pruning": {"config", "data", "models"},
-    "generation": {"config", "documents", "models", "tokenizers"},
+    "generation": {"config", "documents", "models", "printable", "tokenizers"},
     "evaluation": {
         *("config", "data", "distributed", "documents", "generation", "losses", "metrics", "models", "tokenizers"),
     },

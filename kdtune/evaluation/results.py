@@ -13,10 +13,12 @@ content, by which two evaluations are paired whatever the order of their rows: t
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -167,6 +169,11 @@ class TokenExample:
     student_top: list[str | None]
     teacher_top: list[str | None] | None
 
+    def __post_init__(self) -> None:
+        for of_tokens in (self.ce, self.kl, self.student_top, self.teacher_top):
+            if of_tokens is not None and len(of_tokens) != len(self.tokens):
+                raise ValueError(f"{self.id} has {len(of_tokens)} values for {len(self.tokens)} tokens")
+
 
 @dataclass(frozen=True)
 class Response:
@@ -224,12 +231,12 @@ def read(folder: str | Path) -> Evaluation:
     found = _parse(path.read_bytes(), path, dict)
     if found.pop("kdtune_evaluation", None) != VERSION:
         raise ValueError(f"{path} is of another version of kdtune, whose evaluations are not read here. Write it anew.")
-    return _checked(path, lambda: _evaluation(found))
+    return _made(Evaluation, found, path)
 
 
 def read_examples(folder: str | Path) -> list[Example]:
     """What each example adds; errors are those of `read`."""
-    return _read_lines(Path(folder) / EXAMPLES, _example)
+    return _read_lines(Path(folder) / EXAMPLES, Example)
 
 
 def read_responses(folder: str | Path) -> list[Response]:
@@ -241,8 +248,7 @@ def read_responses(folder: str | Path) -> list[Response]:
 def read_tokens(folder: str | Path) -> list[TokenExample]:
     """Examples token by token; errors are those of `read`."""
     path = Path(folder) / TOKENS
-    found = _parse(_content(path), path, list)
-    return _checked(path, lambda: [TokenExample(**one) for one in found])
+    return [_made(TokenExample, one, path) for one in _parse(_content(path), path, list)]
 
 
 def table(evaluation: Evaluation) -> str:
@@ -290,33 +296,43 @@ def dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _evaluation(found: Mapping[str, Any]) -> Evaluation:
-    results = [
-        Result(**{**result, "metrics": {name: _metric(metric) for name, metric in result["metrics"].items()}})
-        for result in found["results"]
-    ]
-    teacher = found["teacher"]
-    return Evaluation(
-        **{
-            **found,
-            "model": Model(**found["model"]),
-            "teacher": None if teacher is None else Model(**teacher),
-            "results": results,
-            "samples": [Sample(**sample) for sample in found["samples"]],
-        }
-    )
+def _build(kind: Any, value: Any, at: str) -> Any:
+    """A value of JSON as `kind` wants it: dataclasses of objects, and NaN of the null that stands for it.
+
+    Args:
+        kind: annotation of a field here.
+        at: where it stands.
+
+    Raises:
+        ValueError: it is of another kind, or a field of a dataclass is missing or unknown.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        hints = _hints(kind)
+        needed = {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
+        if odd := (needed - value.keys()) | (value.keys() - hints.keys()):
+            which = "missing" if odd & needed else "unknown"
+            raise ValueError(f"{at}{min(odd)} is {which}")
+        return kind(**{name: _build(hints[name], one, f"{at}{name}.") for name, one in value.items()})
+    if origin is list and isinstance(value, list):
+        return [_build(arguments[0], one, f"{at}{i}.") for i, one in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _build(arguments[1], one, f"{at}{name}.") for name, one in value.items()}
+    if type(None) in arguments:
+        return None if value is None else _build(arguments[0], value, at)
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else value
+    if kind in (int, str) and type(value) is kind:
+        return value
+    shown = json.dumps(value, ensure_ascii=False)
+    raise ValueError(f"{at.rstrip('.')} is {shown if len(shown) < 40 else shown[:40] + '...'}")
 
 
-def _example(**found: Any) -> Example:
-    numbers = {
-        kind: {name: math.nan if value is None else value for name, value in found.get(kind, {}).items()}
-        for kind in ("sums", "values")
-    }
-    return Example(**{**found, **numbers})
-
-
-def _metric(found: Mapping[str, Any]) -> Metric:
-    return Metric(**{**found, "value": math.nan if found["value"] is None else found["value"]})
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _put(path: Path, text: str) -> None:
@@ -345,9 +361,8 @@ def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_lines(path: Path, kind: Callable[..., T]) -> list[T]:
-    lines = [_parse(line, path, dict) for line in _content(path).split(b"\n") if line]
-    return _checked(path, lambda: [kind(**line) for line in lines])
+def _read_lines(path: Path, kind: type[T]) -> list[T]:
+    return [_made(kind, _parse(line, path, dict), path) for line in _content(path).split(b"\n") if line]
 
 
 def _parse(text: bytes, path: Path, kind: type) -> Any:
@@ -360,8 +375,9 @@ def _parse(text: bytes, path: Path, kind: type) -> Any:
     return found
 
 
-def _checked(path: Path, make: Callable[[], T]) -> T:
+def _made(kind: type[T], found: Any, path: Path) -> T:
     try:
-        return make()
-    except (TypeError, KeyError, AttributeError) as error:
+        made: T = _build(kind, found, "")
+    except ValueError as error:
         raise ValueError(f"{path} is not what kdtune writes: {error}. Write the evaluation anew.") from None
+    return made

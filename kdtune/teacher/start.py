@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdtune import checkpoint, devices, distributed, losses, preflight, tokenizers
-from kdtune.data import RunData
+from kdtune.data import Batch, RunData
 from kdtune.distributed import Ranks
 from kdtune.models import ModelConfig, check_quantization, from_hf_config
 from kdtune.teacher.cached import CachedTeacher
@@ -207,15 +207,24 @@ def _check_cached(cfg: Any) -> None:
         )
 
 
-def load_teacher(cfg: Any, ranks: Ranks) -> Teacher:
+def load_teacher(cfg: Any, ranks: Ranks, first_batch: Batch | None = None) -> Teacher:
     """The teacher of the settings: its weights, or its answers, for a student that is spread over the same ranks.
 
     Args:
         cfg: a recipe's settings.
         ranks: the processes.
+        first_batch: rows on which `teacher.compare_quantization` shows what quantisation changes; None: it does not.
     """
     if cfg.teacher.cache_dir is None:
-        return load_live_teacher(cfg, ranks)
+        if first_batch is None or not cfg.teacher.compare_quantization:
+            return load_live_teacher(cfg, ranks)
+        # The head is never quantised, so that hidden states tell it all.
+        full_hidden = load_live_teacher(cfg, ranks, as_it_is=True)(first_batch).hidden
+        teacher = load_live_teacher(cfg, ranks)
+        num_rows = len(first_batch.tokens)
+        found = teacher.compare(full_hidden, first_batch, cfg.loss_chunk_size)
+        print(f"teacher.quantization={cfg.teacher.quantization} on {num_rows} row{'s' * (num_rows > 1)}: {found}")
+        return teacher
     cache = TeacherCache(cfg.teacher.cache_dir)
     head = _head(cache, cfg, ranks) if cache.card.store.kind == "hidden" else None
     return CachedTeacher(cache, device=ranks.device, convention=cfg.kd_loss.top_k_convention, head=head)

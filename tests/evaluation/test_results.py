@@ -82,7 +82,7 @@ def test_table() -> None:
         ("\xff", "evaluation.json is broken"),
         ("[]", "it holds a list"),
         ('{"kdtune_evaluation": 99}', "of another version"),
-        ('{"kdtune_evaluation": 1}', "is not what kdtune writes: 'results'"),
+        ('{"kdtune_evaluation": 1}', "is not what kdtune writes: model is missing"),
     ],
 )
 def test_a_folder_without_an_evaluation(text: str | None, message: str, tmp_path: Path) -> None:
@@ -96,6 +96,43 @@ def test_examples_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "examples.jsonl").write_bytes(b'{"task": "t", "id": "0"}\n\xff\n')
     with pytest.raises(ValueError, match=r"examples\.jsonl is broken"):
         results.read_examples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("evaluation.json", {"results": 3}, "results is 3"),
+        ("evaluation.json", {"results": [{"task": "t"}]}, r"results\.0\.metrics is missing"),
+        ("evaluation.json", {"samples": [{"prompt": 1, "student": "s"}]}, r"samples\.0\.prompt is 1"),
+        ("evaluation.json", {"seconds": True}, "seconds is true"),
+        ("evaluation.json", {"of_another": 1}, "of_another is unknown"),
+        ("evaluation.json", {"teacher": ["x" * 100]}, "teacher is .{1,50}"),
+        ("examples.jsonl", {"sums": [1]}, r"sums is \[1\]"),
+        ("examples.jsonl", {"sums": {"ce": "1"}}, 'sums.ce is "1"'),
+        ("examples.jsonl", {"id": None}, "id is null"),
+        ("examples.jsonl", {"num_tokens": 1.5}, r"num_tokens is 1\.5"),
+        ("tokens.json", {"tokens": "abc"}, 'tokens is "abc"'),
+        ("tokens.json", {"ce": [1.0, {}]}, r"ce\.1 is \{\}"),
+        ("tokens.json", {"ce": [1.0]}, "has 1 values for 2 tokens"),
+        ("responses.jsonl", {"rouge_l": "0.5"}, 'rouge_l is "0.5"'),
+    ],
+)
+def test_json_of_other_types(name: str, change: dict[str, object], message: str, tmp_path: Path) -> None:
+    examples, tokens = text_examples(3), [TokenExample("1", "c", ["a", "b"], [None, 0.5], None, [None, "x"], None)]
+    results.write(tmp_path, evaluation(examples), examples, tokens, [Response("1", "a", "b", ["c"], [0.5])])
+    read = {
+        "evaluation.json": results.read,
+        "examples.jsonl": results.read_examples,
+        "tokens.json": results.read_tokens,
+        "responses.jsonl": results.read_responses,
+    }[name]
+    assert read(tmp_path)
+    path = tmp_path / name
+    whole = json.loads(path.read_text() if name.endswith(".json") else path.read_text().splitlines()[0])
+    changed = [{**whole[0], **change}] if isinstance(whole, list) else {**whole, **change}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=rf"{name} is not what kdtune writes: .*{message}"):
+        read(tmp_path)
 
 
 def test_metrics_of_a_set_and_of_its_subsets() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from watching import LiveBytes
+from ways import WAYS, checkpointed, plain
 
 from kdtune import checkpoint
 from kdtune.documents import Documents
@@ -18,8 +19,6 @@ from kdtune.models import (
     Decoder,
     LoraConfig,
     add_lora,
-    compile_layers,
-    enable_activation_checkpointing,
     head_names,
     module_names,
     stream_layers,
@@ -96,30 +95,11 @@ WANTED = [
 ]
 
 
-def plain(model: Decoder) -> None: ...
-
-
-def checkpointed(model: Decoder) -> None:
-    enable_activation_checkpointing(model)
-
-
-def selective(model: Decoder) -> None:
-    enable_activation_checkpointing(model, "selective")
-
-
-def offloaded(model: Decoder) -> None:
-    enable_activation_checkpointing(model, offload=True)
-
-
-def compiled(model: Decoder) -> None:
-    compile_layers(model, backend="eager")
-
-
 def adapted(model: Decoder) -> None:
     add_lora(model, LoraConfig(rank=4), seed=0)
 
 
-@pytest.mark.parametrize("change", [checkpointed, selective, offloaded, compiled])
+@pytest.mark.parametrize("change", WAYS)
 def test_values_and_gradients_are_those_of_a_plain_model(change: Callable[[Decoder], None], folder: Path) -> None:
     found = {}
     for name, how in (("plain", plain), ("changed", change)):

@@ -161,7 +161,7 @@ def test_batches_do_not_matter(evaluate: Evaluate, tiny: Path) -> None:
 
 
 def test_what_is_written(evaluate: Evaluate, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = evaluate("sample_prompts=[How many apples]", "sample_max_new_tokens=3")
+    folder = evaluate(r'sample_prompts=["\eHow many apples"]', "sample_max_new_tokens=3")
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "recipe.py", "versions.json"),
         *("evaluation.json", "examples.jsonl", "tokens.json", "evaluation.md"),
@@ -169,6 +169,7 @@ def test_what_is_written(evaluate: Evaluate, tiny: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert (folder / "evaluation.md").read_text() in printed
     assert "\n169 tokens, " in printed
+    assert "\nprompt: \\x1bHow many apples\nmodel:  " in printed
     assert " tokens/s" in printed
     found = results.read(folder)
     assert (found.model.name, found.model.dtype, found.model.num_layers) == (str(tiny / "student"), "fp32", 1)

@@ -53,6 +53,12 @@ def test_greedy(generate: Generate, trained: Path, capsys: pytest.CaptureFixture
     assert "tokens/s" in out
 
 
+def test_a_terminal_obeys_nothing_of_a_prompt(generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Question:\x1b[2J"
+    assert generate(f"prompt={json.dumps(prompt)}")[0]["prompt"] == prompt
+    assert "--- Question:\\x1b[2J\n" in capsys.readouterr().out
+
+
 def test_prompts_of_a_file_do_not_depend_on_each_other(generate: Generate, tmp_path: Path) -> None:
     prompts = ["Question: Tom", "Tom has 3 apples and", "Wie groß? 你好", "apples", "He"]
     file = tmp_path / "prompts.txt"

@@ -129,16 +129,7 @@ def test_packed_rows(pair: Path, tmp_path: Path) -> None:
 def test_it_goes_with(settings: list[str], pair: Path, tmp_path: Path) -> None:
     """What changes how either model computes: it learns, and resumes bit for bit."""
     settings = [BOTH, "hidden_loss.projection=shared", *CONSTANT, *settings, "gradient_accumulation_steps=1"]
-    whole = distil(pair, tmp_path / "whole", *settings, "max_steps=4")
-    lines = tiny_runs.steps(whole)
-    assert lines[-1]["hidden_loss"] < lines[0]["hidden_loss"]
-    run = distil(pair, tmp_path / "run", *settings, "max_steps=2", "save_every_n_steps=2")
-    distil(pair, run, *settings, "max_steps=4", "resume_from_checkpoint=true")
-    assert tiny_runs.numbers(run) == lines
-    (found,), (expected,) = (
-        [load_file(path) for path in folder.glob("[am]*/*.safetensors")] for folder in (run, whole)
-    )
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    expected = tiny_runs.learn_and_resume(pair, tmp_path, *settings)
     assert not [name for name in expected if "projection" in name or "beside" in name]
 
 

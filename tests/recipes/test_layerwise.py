@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_runs import distil
 from torch import Tensor
+from ways import WAYS, plain
 
 from kdtune import checkpoint, data
 from kdtune.cli import catalog
 from kdtune.cli.recipe import load_module
 from kdtune.losses import HiddenLoss, HiddenLossConfig, Pair, pairs_of
-from kdtune.models import Decoder, compile_layers, enable_activation_checkpointing
+from kdtune.models import Decoder
 from kdtune.teacher import LiveTeacher
 
 # Student's modules with the teacher's: blocks of one layer and of two, with the embedding before and the head behind.
@@ -94,25 +95,6 @@ def by_definition(student: Any, teacher: Any, pairs: list[Pair]) -> tuple[Tensor
     return total.detach(), {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
-def plain(model: Decoder) -> None: ...
-
-
-def checkpointed(model: Decoder) -> None:
-    enable_activation_checkpointing(model)
-
-
-def selective(model: Decoder) -> None:
-    enable_activation_checkpointing(model, "selective")
-
-
-def offloaded(model: Decoder) -> None:
-    enable_activation_checkpointing(model, offload=True)
-
-
-def compiled(model: Decoder) -> None:
-    compile_layers(model, backend="aot_eager")
-
-
 def step(folder: Path, pairs: list[Pair], change: Callable[[Decoder], None] = plain) -> tuple[Tensor, dict[str, Any]]:
     """What the recipe logs of a step, and the gradients by name."""
     recipe = load_module(catalog.find_recipe("knowledge_distillation"))
@@ -127,7 +109,7 @@ def step(folder: Path, pairs: list[Pair], change: Callable[[Decoder], None] = pl
     return logged, {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
-@pytest.mark.parametrize("change", [plain, checkpointed, selective, offloaded, compiled])
+@pytest.mark.parametrize("change", [plain, *WAYS])
 def test_values_and_gradients(change: Callable[[Decoder], None], pair: tuple[Path, Any, Any]) -> None:
     folder, student, teacher = pair
     expected, expected_grads = by_definition(student, teacher, PAIRS)
@@ -184,14 +166,7 @@ CONSTANT = ["lr_scheduler.name=constant", "lr_scheduler.num_warmup_steps=0", "gr
     ids=" ".join,
 )
 def test_it_learns_and_resumes(settings: list[str], tiny_pair: Path, tmp_path: Path) -> None:
-    """Bit for bit."""
-    settings = [*LAYERWISE, *CONSTANT, *settings]
-    whole = distil(tiny_pair, tmp_path / "whole", *settings, "max_steps=4")
-    lines = tiny_runs.steps(whole)
-    assert lines[-1]["hidden_loss"] < lines[0]["hidden_loss"]
-    run = distil(tiny_pair, tmp_path / "run", *settings, "max_steps=2", "save_every_n_steps=2")
-    distil(tiny_pair, run, *settings, "max_steps=4", "resume_from_checkpoint=true")
-    assert tiny_runs.numbers(run) == lines
+    tiny_runs.learn_and_resume(tiny_pair, tmp_path, *LAYERWISE, *CONSTANT, *settings)
 
 
 def test_as_model_optimizer_does(tiny_pair: Path, tmp_path: Path) -> None:
