@@ -32,16 +32,26 @@ class Part:
         name: of a variant, from the values of its axes.
         sweeps: folders.
         has_reference: whether its students are asked the same as those of `main`.
+        is_sorted: whether rows are in the order of their names, not of the runs.
     """
 
     title: str
     name: Callable[[str, Mapping[str, str]], str]
     sweeps: tuple[str, ...]
     has_reference: bool = True
+    is_sorted: bool = False
 
 
 def by_ratio(kd_ratio: str) -> str:
     return {"0": LABELS, "1": REFERENCE}.get(kd_ratio, f"kd_ratio {kd_ratio}")
+
+
+LEARNING_RATES = {"main": "2e-3", "tuned": "1e-3"}  # of sweeps that have one
+
+
+def by_rate(sweep: str, values: Mapping[str, str]) -> str:
+    rate = LEARNING_RATES.get(sweep) or values["optimizer.lr"]
+    return f"{by_ratio(values['kd_ratio'])}, lr {float(rate):g}"
 
 
 def of_pair(sweep: str, values: Mapping[str, str]) -> str:
@@ -72,11 +82,7 @@ PARTS = (
         "More steps on labels", lambda _, values: f"labels alone, 190 steps, lr {values['optimizer.lr']}", ("compute",)
     ),
     Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
-    Part(
-        "Learning rate",
-        lambda _, values: f"{by_ratio(values['kd_ratio'])}, lr {values['optimizer.lr']}",
-        ("lr",),
-    ),
+    Part("Learning rate", by_rate, ("main", "tuned", "lr"), is_sorted=True),
     Part("Divergence", lambda _, values: values["kd_loss.name"], ("divergence",)),
     Part("Temperature", lambda _, values: f"temperature {values['kd_loss.temperature']}", ("temperature",)),
     Part("Hidden states", of_hidden, ("hidden", "layerwise")),
@@ -99,7 +105,7 @@ def read(study: Path, part: Part) -> dict[str, dict[str, Values]]:
             values = last_values(study / sweep / run["name"])
             if run["state"] == "done" and "val_ce_loss" in values:
                 found.setdefault(part.name(sweep, run["values"]), {})[run["values"][SEED]] = values
-    return found
+    return dict(sorted(found.items())) if part.is_sorted else found
 
 
 def differences(runs: Mapping[str, Values], others: Mapping[str, Values], key: str = "val_ce_loss") -> list[float]:

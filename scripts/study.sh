@@ -43,8 +43,8 @@ ratio() {
     run ratio knowledge_distillation $few kd_ratio=0.25,0.5,0.75
 }
 
-lr() {
-    run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,1e-3,4e-3
+lr() {  # main and tuned have the two between
+    run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,4e-3
 }
 
 divergence() {
