@@ -79,7 +79,9 @@ PARTS = (
     Part("The teacher or the labels", lambda _, values: by_ratio(values["kd_ratio"]), ("main",)),
     Part("With a better learning rate", lambda _, values: by_ratio(values["kd_ratio"]), ("tuned",)),
     Part(
-        "More steps on labels", lambda _, values: f"labels alone, 190 steps, lr {values['optimizer.lr']}", ("compute",)
+        "More steps on labels",
+        lambda _, values: f"labels alone, for as long, lr {values['optimizer.lr']}",
+        ("compute",),
     ),
     Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
     Part("Learning rate", by_rate, ("main", "tuned", "lr"), is_sorted=True),

@@ -5,11 +5,14 @@
 #     bash scripts/study.sh main lr      # some of its parts
 #     python scripts/study.py            # tables and figures of what there is
 #
-# More runs at a time: JOBS=4. More seeds: SEEDS=0,1,2,3. Another folder than runs/study: STUDY=...
+# More runs at a time: JOBS=4. More seeds: SEEDS=0,1,2,3. Another folder than runs/study: STUDY=... Longer, on GPUs,
+# with what else is to be set of all runs: STEPS=1200 MORE="device=cuda epochs=20".
 set -euo pipefail
 
 study=${STUDY:-runs/study}
 few="seed=${SEEDS:-0,1,2}"
+steps=${STEPS:-120}
+read -ra more <<< "${MORE:-}"
 parts=${*:-main tuned compute ratio lr divergence temperature plain size hidden start}
 
 run() {  # folder, recipe, settings
@@ -25,18 +28,19 @@ once() {  # folder, recipe, settings: a model that other runs start from
 }
 
 quiet=("sample_prompts=[]" dataset_val.split=null run_val_every_n_steps=0)
-common=("${quiet[@]}")
+common=("${quiet[@]}" max_steps="$steps" ${more[@]+"${more[@]}"})
+every="run_val_every_n_steps=$((steps / 6))"
 
 main() {  # the teacher's word against the labels', step by step
-    run main knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 run_val_every_n_steps=20
+    run main knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 "$every"
 }
 
 tuned() {  # the same with a learning rate that is better for both
-    run tuned knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 optimizer.lr=1e-3 run_val_every_n_steps=20
+    run tuned knowledge_distillation seed=0,1,2,3,4 kd_ratio=1,0 optimizer.lr=1e-3 "$every"
 }
 
-compute() {  # labels alone for as long as 120 steps with a teacher take
-    run compute knowledge_distillation $few kd_ratio=0 max_steps=190 optimizer.lr=2e-3,1e-3
+compute() {  # labels alone for as long as the steps with a teacher take, of which each is 1.58 of theirs
+    run compute knowledge_distillation $few kd_ratio=0 max_steps=$((steps * 19 / 12)) optimizer.lr=2e-3,1e-3
 }
 
 ratio() {

@@ -8,6 +8,7 @@ import re
 import runpy
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,43 @@ ROOT = Path(__file__).parents[2]
 NOTE = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" end-of-call >> "$CALLS"\n'
 
 
+Calls = Callable[..., list[list[str]]]
+
+
 @pytest.fixture
-def calls(tmp_path: Path) -> list[list[str]]:
+def calls(tmp_path: Path) -> Calls:
+    """What the script calls, of these parts or of all, with such variables."""
     program = tmp_path / "bin" / "kdtune"
     program.parent.mkdir()
     program.write_text(NOTE)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "CALLS": str(tmp_path / "calls"), "STUDY": str(tmp_path / "study")}
-    subprocess.run(["bash", str(ROOT / "scripts" / "study.sh")], env=env, check=True)
-    text = (tmp_path / "calls").read_text()
-    # The template of the other task has a line of its own.
-    return [re.split(r"\n(?!Question: )", call.strip("\n")) for call in text.split("end-of-call\n") if call]
+
+    def run(*parts: str, **variables: str) -> list[list[str]]:
+        path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+        env = {"PATH": path, "CALLS": str(tmp_path / "calls"), "STUDY": str(tmp_path / "study"), **variables}
+        subprocess.run(["bash", str(ROOT / "scripts" / "study.sh"), *parts], env={**os.environ, **env}, check=True)
+        text = (tmp_path / "calls").read_text()
+        # The template of the other task has a line of its own.
+        return [re.split(r"\n(?!Question: )", call.strip("\n")) for call in text.split("end-of-call\n") if call]
+
+    return run
 
 
-def test_every_call_of_the_study_is_accepted(calls: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_call_of_the_study_is_accepted(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     swept = set()
-    for command, *words in calls:
+    for command, *words in calls():
         main([command, *words, "--dry-run"] if command == "sweep" else ["validate", *words])
         swept |= {Path(word.partition("=")[2]).name for word in words if word.startswith("output_dir=")}
     parts = runpy.run_path(str(ROOT / "scripts" / "study.py"))["PARTS"]
     assert {sweep for part in parts for sweep in part.sweeps} <= swept
     assert "waiting" in capsys.readouterr().out
+
+
+def test_longer_runs(calls: Calls) -> None:
+    (words,) = calls("compute", STEPS="600", MORE="device=cuda epochs=3", SEEDS="7")
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    expected = {"max_steps": "950", "device": "cuda", "epochs": "3", "seed": "7", "kd_ratio": "0"}
+    assert expected.items() <= settings.items()
 
 
 def finish(study: Path, sweep: str, runs: list[tuple[dict[str, str], list[float]]]) -> None:
