@@ -87,6 +87,7 @@ def main(cfg: Config) -> None:
     examples: list[results.Example] = []
     tokens: list[results.TokenExample] = []
     said: list[results.Response] = []
+    settings: dict[str, dict[str, str]] = {}
     work = Work()
     if inputs.examples is not None:
         with work:
@@ -102,12 +103,14 @@ def main(cfg: Config) -> None:
             of_tasks = run_tasks(inputs.tasks, model, inputs.tokenizer, ranks)
         found += of_tasks.results
         examples += of_tasks.examples
+        settings |= of_tasks.settings
         work.num_tokens += of_tasks.num_tokens
-    if inputs.prompts:
+    if cfg.responses is not None:
         with work:
             answered, response_examples, said = measure_responses(cfg, inputs, model)
         found += answered
         examples += response_examples
+        settings["responses"] = responses.settings(cfg.responses)
         work.num_tokens += sum(one.num_tokens for one in response_examples)
     samples = continue_prompts(cfg, inputs, model, teacher)
 
@@ -119,6 +122,7 @@ def main(cfg: Config) -> None:
         samples=samples,
         seconds=time.perf_counter() - started,
         tokens_per_second=work.num_tokens / work.seconds,
+        settings=settings,
     )
     if ranks.is_first:
         output_dir = Path(cfg.output_dir)

@@ -41,8 +41,5 @@ def main(argv: Sequence[str]) -> None:
     for one in found:
         print(f"\n{visible(one.other)}, with {visible(one.baseline)} as the baseline:\n")
         print(visible(comparing.table(one), keep="\n"))
-        for left_out in one.left_out:
-            print(f"\nleft out: {visible(left_out)}")
-        counts = {each.task: each.num_examples for each in one.differences if each.subset is None}
-        if few := ", ".join(f"{task}: {count}" for task, count in counts.items() if count < comparing.FEW):
-            print(f"\nintervals of few examples are too narrow ({visible(few)}): do not rely on such a verdict")
+        for line in (*(f"left out: {left_out}" for left_out in one.left_out), *one.caveats):
+            print(f"\n{visible(line)}")

@@ -61,6 +61,11 @@ class Difference:
     high: float
     verdict: Verdict
 
+    @property
+    def examples(self) -> str:
+        """Of which it is, for people."""
+        return self.task if self.subset is None else f"{self.task}: {self.subset}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,12 +76,14 @@ class Comparison:
         other: of the other.
         differences: of the metrics that both have, but for those of the teacher alone.
         left_out: what only one of them has, in words.
+        caveats: what forbids to rely on a verdict, or to lay it to the models alone, in words.
     """
 
     baseline: str
     other: str
     differences: list[Difference]
     left_out: list[str]
+    caveats: list[str]
 
 
 def compare(
@@ -121,7 +128,8 @@ def compare(
             sets = [[one[i] for i in which] for one in pair]
             known = _metrics(evaluations, task)
             differences += _differences(task, subset, sets, known, num_resamples, seed)
-    return Comparison(*folders, differences, left_out)
+    caveats = [line for task in shared if (line := _other_settings(task, evaluations))] + _too_few(differences)
+    return Comparison(*folders, differences, left_out, caveats)
 
 
 def table(comparison: Comparison) -> str:
@@ -133,8 +141,7 @@ def table(comparison: Comparison) -> str:
         difference, low, high = (
             f"{value:+{_digits(one.value, error)}}" for value in (one.difference, one.low, one.high)
         )
-        task = one.task if one.subset is None else f"{one.task}: {one.subset}"
-        rows.append([task, one.metric, *values, difference, f"{low} to {high}", one.verdict])
+        rows.append([one.examples, one.metric, *values, difference, f"{low} to {high}", one.verdict])
     return markdown(rows, left=(0, 1, 6))
 
 
@@ -154,6 +161,22 @@ def _check_teachers(folders: Sequence[str], evaluations: Sequence[Evaluation]) -
             f"{told} were evaluated beside different teachers, so that their distances to it cannot be compared. "
             "Evaluate both beside the same one, or without."
         )
+
+
+def _other_settings(task: str, evaluations: Sequence[Evaluation]) -> str:
+    """In which settings of a task both differ; empty if in none."""
+    first, second = (one.settings.get(task, {}) for one in evaluations)
+    pairs = {name: (first.get(name, "unknown"), second.get(name, "unknown")) for name in first | second}
+    differ = [f"{name} {ours}, here {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if not differ:
+        return ""
+    return f"{task} with other settings ({'; '.join(differ)}): a difference may come from these and not from the models"
+
+
+def _too_few(differences: Sequence[Difference]) -> list[str]:
+    few = dict.fromkeys(f"{one.examples}: {one.num_examples}" for one in differences if one.num_examples < FEW)
+    why = f"intervals of fewer than {FEW} examples are too narrow ({', '.join(few)}): do not rely on such a verdict"
+    return [why] if few else []
 
 
 def _by_task(folder: str) -> dict[str, list[Example]]:

@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
 
     Attributes:
         num_tokens: that were scored or generated, by task and number of the document.
-        num_cut: requests whose contexts were too long for the model and lost their beginnings.
+        num_cut: requests whose contexts were too long for the model and lost their beginnings, by task.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):
         self._progress = progress
         self._known = frozenset(tokenizer.ids())
         self.num_tokens: Counter[tuple[Any, Any]] = Counter()
-        self.num_cut = 0
+        self.num_cut: Counter[Any] = Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -155,6 +155,7 @@ class HarnessModel(TemplateLM):
         encoded = [self._encode(one) for one in requests]
         for one, request in zip(requests, encoded, strict=True):
             self.num_tokens[one.task_name, one.doc_id] += len(request.continuation)
+            self.num_cut[one.task_name] += len(request.context) + len(request.continuation) > self.max_length + 1
         return self._score(encoded, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -166,6 +167,7 @@ class HarnessModel(TemplateLM):
         for one in requests:
             tokens = self.tok_encode(one.args[0])
             self.num_tokens[one.task_name, one.doc_id] += len(tokens)
+            self.num_cut[one.task_name] += len(tokens) > self.max_length
             parts.append(scoring.windows(tokens, self.prefix_token_id, self.max_length))
         found = iter(self._score([window for windows in parts for window in windows], disable_tqdm))
         return [sum(next(found)[0] for _ in windows) for windows in parts]
@@ -179,7 +181,7 @@ class HarnessModel(TemplateLM):
             settings = Generation.of(kwargs, self._tokenizer)
             by_settings[settings].append(number)
             tokens, room = self.tok_encode(context), self.max_length - settings.max_new_tokens
-            self.num_cut += len(tokens) > room
+            self.num_cut[one.task_name] += len(tokens) > room
             prompts.append(tokens[-room:])
         texts = [""] * len(requests)
         bar = token_bar(len(requests), " texts") if self._shows(disable_tqdm) else None
@@ -211,11 +213,9 @@ class HarnessModel(TemplateLM):
         return request
 
     def _score(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        fitting, cut = scoring.fit(requests, self.max_length)
-        self.num_cut += cut
         found = scoring.score(
             self.model,
-            fitting,
+            scoring.fit(requests, self.max_length),
             max_tokens=self._max_tokens,
             ranks=self._ranks,
             progress=self._progress and not disable_tqdm,

@@ -17,7 +17,7 @@ from kdtune.data import IGNORE, Blend, DatasetConfig, Examples, check_validation
 from kdtune.data import load as load_examples
 from kdtune.data.config import SourceConfig, WeightedSourceConfig
 from kdtune.evaluation import estimates
-from kdtune.evaluation.results import Example, Response, Result
+from kdtune.evaluation.results import Example, Response, Result, named_settings
 from kdtune.evaluation.rouge import rouge_l
 from kdtune.generation import generate
 from kdtune.models import Decoder
@@ -153,6 +153,11 @@ def respond(model: Decoder, prompts: Sequence[Prompt], cfg: ResponsesConfig, see
         rows=[prompt.id for prompt in prompts],
     )
     return {(one.subset, one.id, seed): tokens for one, tokens in zip(prompts, new_tokens, strict=True)}
+
+
+def settings(cfg: ResponsesConfig) -> dict[str, str]:
+    """What responses depend on beside model and prompt, as in `Evaluation`."""
+    return named_settings({name: value for name, value in vars(cfg).items() if name != "dataset"})
 
 
 def score(

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -111,6 +111,8 @@ class Evaluation:
         samples: of `sample_prompts`.
         seconds: that it took, with loading.
         tokens_per_second: scored or generated, while models computed.
+        settings: by task and name, what its numbers depend on that neither the model nor `Example.id` tells: how texts
+            are sampled, and how many requests were cut.
     """
 
     model: Model
@@ -120,6 +122,7 @@ class Evaluation:
     samples: list[Sample]
     seconds: float
     tokens_per_second: float
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,11 @@ def markdown(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
 def dumps(value: Any, indent: int | None = None) -> str:
     """JSON, in which a number that is not finite is null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def named_settings(values: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a task as `Evaluation` holds them."""
+    return {name: dumps(value) for name, value in values.items()}
 
 
 def _build(kind: Any, value: Any, at: str) -> Any:

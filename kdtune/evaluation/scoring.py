@@ -85,7 +85,7 @@ def score(
     return [Score(*found) for found in zip(totals.tolist(), is_greedy.tolist(), strict=True)]
 
 
-def fit(requests: Sequence[Request], max_seq_len: int) -> tuple[list[Request], int]:
+def fit(requests: Sequence[Request], max_seq_len: int) -> list[Request]:
     """Cut the beginnings of contexts off where a request is longer than the model's rows.
 
     Args:
@@ -93,7 +93,7 @@ def fit(requests: Sequence[Request], max_seq_len: int) -> tuple[list[Request], i
         max_seq_len: tokens that a row may have as input.
 
     Returns:
-        Requests that fit, and how many of them were cut.
+        Requests that fit.
 
     Raises:
         ValueError: a continuation alone is too long.
@@ -108,8 +108,7 @@ def fit(requests: Sequence[Request], max_seq_len: int) -> tuple[list[Request], i
                 "its own in windows."
             )
         fitting.append(Request(request.context[-room:], request.continuation))
-    cut = sum(len(new.context) < len(old.context) for new, old in zip(fitting, requests, strict=True))
-    return fitting, cut
+    return fitting
 
 
 def windows(tokens: Sequence[int], prefix: int, max_seq_len: int) -> list[Request]:

@@ -16,7 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kdtune.config import setting
 from kdtune.distributed import ALONE, Ranks
 from kdtune.evaluation import estimates
 from kdtune.evaluation.estimates import Definition
-from kdtune.evaluation.results import Example, Metric, Result
+from kdtune.evaluation.results import Example, Metric, Result, named_settings
 from kdtune.models import Decoder, ModelConfig
 from kdtune.tokenizers import Tokenizer
 
@@ -82,12 +82,14 @@ class Found:
         examples: what each document adds.
         samples: of each task, what was asked and answered, one dict for each document and filter.
         num_tokens: that were scored or generated.
+        settings: of each task, as in `Evaluation`.
     """
 
     results: list[Result]
     examples: list[Example]
     samples: dict[str, list[dict[str, Any]]]
     num_tokens: int
+    settings: dict[str, dict[str, str]]
 
 
 def check_tasks(cfg: TasksConfig, tokenizer: Tokenizer, model: ModelConfig) -> Tasks:
@@ -148,24 +150,28 @@ def run_tasks(tasks: Tasks, model: Decoder, tokenizer: Tokenizer, ranks: Ranks =
             apply_chat_template=cfg.apply_chat_template,
             fewshot_as_multiturn=cfg.apply_chat_template,
         )
-    if asked.num_cut and ranks.is_first:
+    if (num_cut := asked.num_cut.total()) and ranks.is_first:
         print(
-            f"{asked.num_cut:,} requests are longer than the {tasks.max_seq_len} tokens of a row: the beginnings of "
-            "their contexts were cut off."
+            f"{num_cut:,} requests are longer than the {tasks.max_seq_len} tokens of a row: the model did not see the "
+            "beginnings of their contexts."
         )
-    results, examples = [], []
+    results, examples, settings = [], [], {}
     for name, samples in found["samples"].items():
         task = tasks.loaded["tasks"][name]
         of_task = _examples(name, task, samples, asked.num_tokens)
         examples += of_task
         results.append(_result(name, task, of_task, found["results"][name]))
+        num_cut = asked.num_cut[name]
+        settings[name] = {"requests cut": f"{num_cut:,} to {tasks.max_seq_len} tokens" if num_cut else "none"}
+        if task.OUTPUT_TYPE == "generate_until":
+            settings[name] |= _settings_of_texts(task, tokenizer, cfg.seed)
     for name, aggregate in found.get("groups", {}).items():
         counts = [one for one in results if one.task in _members(tasks.loaded, name)]
         num_examples, num_tokens = sum(one.num_examples for one in counts), sum(one.num_tokens for one in counts)
         metrics = _reported(aggregate, found["higher_is_better"].get(name, {}))
         results.append(Result(name, None, num_examples, num_tokens, metrics))
     num_tokens = sum(asked.num_tokens.values())
-    return Found(results, examples, found["samples"] if cfg.log_samples else {}, num_tokens)
+    return Found(results, examples, found["samples"] if cfg.log_samples else {}, num_tokens, settings)
 
 
 def write_samples(output_dir: Path, found: Found) -> None:
@@ -285,6 +291,14 @@ def _check_task(name: str, task: Any, tokenizer: Tokenizer, max_seq_len: int) ->
             f"task {name} has {settings.max_new_tokens} new tokens generated, and a row has {max_seq_len}: nothing is "
             "left for the question. Give max_gen_toks in its generation_kwargs, or a larger tasks.max_seq_len."
         )
+
+
+def _settings_of_texts(task: Any, tokenizer: Tokenizer, seed: int) -> dict[str, str]:
+    """How a task has texts generated."""
+    from kdtune.evaluation.harness import Generation
+
+    how = asdict(Generation.of(task.config.generation_kwargs or {}, tokenizer))
+    return named_settings({**how, "seed": seed} if how["temperature"] else how)
 
 
 def _examples(

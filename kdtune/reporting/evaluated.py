@@ -44,12 +44,17 @@ def compare(members: Sequence[Evaluated], groups: Sequence[Group]) -> Evaluation
     """
     comparisons: list[Comparison | None] = []
     warnings = []
+    caveats: dict[str, list[str]] = {}  # -> of which evaluations
     for one in members[1:]:
         try:
-            comparisons.append(comparing.compare(members[0].folder, one.folder))
+            comparison = comparing.compare(members[0].folder, one.folder)
         except ValueError as error:
-            comparisons.append(None)
+            comparison = None
             warnings.append(f"{one.name} cannot be compared with {members[0].name}: {error}")
+        comparisons.append(comparison)
+        for line in comparison.caveats if comparison else ():
+            caveats.setdefault(line, []).append(one.name)
+    warnings += [f"{', '.join(names)} against {members[0].name}: {line}" for line, names in caveats.items()]
     return Evaluations(members, _looks(members, groups), comparisons, warnings)
 
 
@@ -101,10 +106,9 @@ def sentences(found: Evaluations) -> Iterator[Markup]:
 
 def _best(found: Evaluations, key: Key) -> Markup | None:
     """Which evaluation is best at a metric, held against the first."""
-    metrics = {i: metric for i, one in enumerate(found.members) if (metric := _metric(one, key))}
-    values = {i: metric.value for i, metric in metrics.items() if not math.isnan(metric.value)}
-    better = next(iter(metrics.values())).better
-    if len(values) < 2 or better is None:
+    metrics = _rivals(found, key)
+    values = {i: metric.value for i, metric in metrics.items()}
+    if len(values) < 2 or (better := next(iter(metrics.values())).better) is None:
         return None
     if min(values.values()) == max(values.values()):
         return Markup(f"On {_task(key[0])}, {_phrase(key[2])} is the same in all: {_value(metrics[min(values)])}.")
@@ -186,20 +190,21 @@ def _metric_row(found: Evaluations, key: Key, *, with_task: bool) -> Iterator[ob
     meaning = f" {DEFINITIONS[name].meaning}" if name in DEFINITIONS else ""
     yield _label(key) if with_task else Markup(escape(name) + element("small", meaning, class_="meaning"))
     metrics = [_metric(one, key) for one in found.members]
-    known = [metric for metric in metrics if metric is not None]
-    finite = [metric.value for metric in known if not math.isnan(metric.value)]
+    unit, better = next((metric.unit, metric.better) for metric in metrics if metric is not None)
+    rivals = _rivals(found, key)
+    values = [metric.value for metric in rivals.values()]
     best = None
-    if len(finite) > 1 and known[0].better and min(finite) < max(finite):
-        best = min(finite) if known[0].better == "lower" else max(finite)
-    for metric in metrics:
+    if better and values and min(values) < max(values):
+        best = min(values) if better == "lower" else max(values)
+    for i, metric in enumerate(metrics):
         if metric is None:
             yield "-"
             continue
         value, stderr = _rounded(metric)
         text = Markup(f"{value}{element('small', f' ± {stderr}') if stderr else ''}")
-        yield element("b", text) if metric.value == best else text
-    arrow = {"lower": "↓", "higher": "↑", None: ""}[known[0].better]
-    yield element("small", " ".join(filter(None, ("%" if known[0].unit == "share" else known[0].unit, arrow))))
+        yield element("b", text) if i in rivals and metric.value == best else text
+    arrow = {"lower": "↓", "higher": "↑", None: ""}[better]
+    yield element("small", " ".join(filter(None, ("%" if unit == "share" else unit, arrow))))
 
 
 def _label(key: Key) -> Markup:
@@ -304,6 +309,15 @@ def _metric(one: Evaluated, key: Key) -> results.Metric | None:
     task, subset, name = key
     of_key = (result.metrics for result in one.evaluation.results if (result.task, result.subset) == (task, subset))
     return next(of_key, {}).get(name)
+
+
+def _rivals(found: Evaluations, key: Key) -> dict[int, results.Metric]:
+    """What can be ranked: the first and those that were compared with it, by their place, as far as they are finite."""
+    if _metric(found.first, key) is None:
+        return {}
+    compared = [0, *(i for i, comparison in enumerate(found.comparisons, start=1) if comparison)]
+    metrics = ((i, _metric(found.members[i], key)) for i in compared)
+    return {i: metric for i, metric in metrics if metric and not math.isnan(metric.value)}
 
 
 def _difference(found: Evaluations, index: int, key: Key) -> Difference | None:

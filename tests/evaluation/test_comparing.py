@@ -174,9 +174,28 @@ def test_refusals(change: dict[str, object], message: str, write: Write) -> None
 
 
 def test_few_examples_are_told(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = ([*text(shift), Example("said", "0", values={"rouge_l": 0.5})] for shift in (0.0, 0.1))
-    main(["compare", str(write("a", first)), str(write("b", second))])
-    assert "intervals of few examples are too narrow (said: 1)" in capsys.readouterr().out
+    few = [Example("said", str(i), "ab"[i > 0], values={"rouge_l": 0.5}) for i in range(49)]
+    folders = [str(write(name, [*text(), *few])) for name in "ab"]
+    main(["compare", *folders])
+    expected = "intervals of fewer than 50 examples are too narrow (said: 49, said: a: 1, said: b: 48)"
+    assert expected in capsys.readouterr().out
+    main(["compare", *folders, "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["caveats"] == [f"{expected}: do not rely on such a verdict"]
+
+
+def test_other_settings_are_told(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [Example("responses", str(i), values={"rouge_l": 0.5}) for i in range(50)]
+    settings = {"responses": {"temperature": "1.0", "seeds": "[10, 20]"}}
+    first, same = (write(name, [*text(), *said], settings=settings) for name in "ab")
+    assert comparing.compare(first, same).caveats == []
+    other = write("c", [*text(), *said], settings={"responses": {"temperature": "0.7", "seeds": "[10, 20]"}})
+    line = "responses with other settings (temperature 1.0, here 0.7): a difference may come from these"
+    main(["compare", str(first), str(other)])
+    assert line in capsys.readouterr().out
+    (caveat,) = comparing.compare(first, write("d", said)).caveats
+    assert "(temperature 1.0, here unknown; seeds [10, 20], here unknown)" in caveat
+    assert not comparing.compare(first, write("e", text())).caveats, "of a task that only one has"
 
 
 def test_the_command(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

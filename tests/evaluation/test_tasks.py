@@ -127,6 +127,8 @@ def test_figures_are_those_of_the_harness(
     )
     assert expected is not None
     assert [one.task for one in found.results] == [*TASKS]
+    assert {"max_new_tokens": "6", "temperature": "0.0"}.items() <= found.settings["answers"].items()
+    assert all(one["requests cut"].endswith(" to 128 tokens") for one in found.settings.values())
     for result in found.results:
         figures = expected["results"][result.task]
         names = {key for key in figures if "," in key and "_stderr" not in key}

@@ -290,6 +290,8 @@ def test_metrics_of_responses(answer: Evaluate) -> None:
     assert whole.num_tokens == pytest.approx(whole.metrics["response_tokens"].value * 2 * len(rouge))
     examples = results.read_examples(folder)
     assert [one.values["rouge_l"] for one in examples] == pytest.approx(rouge.mean(1))
+    sampled = {"max_new_tokens": "6", "temperature": "1.0", "top_k": "null", "top_p": "null", "seeds": "[3, 4]"}
+    assert results.read(folder).settings == {"responses": sampled}
 
 
 def test_responses_do_not_depend_on_batches_and_other_rows(answer: Evaluate) -> None:
@@ -416,6 +418,7 @@ def test_tasks_beside_text(evaluate: Evaluate, tiny: Path, capsys: pytest.Captur
     assert "tasks     capitals (6)" in capsys.readouterr().out
     assert [one.task for one in results.read(folder).results] == ["text", "capitals"]
     assert set(metrics(folder, "capitals")) == {"acc", "acc_norm"}
+    assert results.read(folder).settings == {"capitals": {"requests cut": "none"}}
     examples = [one for one in results.read_examples(folder) if one.task == "capitals"]
     assert np.mean([one.values["acc"] for one in examples]) == metrics(folder, "capitals")["acc"]
     questions = [json.loads(line) for line in (docs / "capitals.jsonl").read_text().splitlines()]

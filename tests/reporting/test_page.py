@@ -122,10 +122,22 @@ def test_a_page_of_several_evaluations(tmp_path: Path) -> None:
 
 def test_evaluations_that_cannot_be_compared(tmp_path: Path) -> None:
     folders = [write_evaluation(tmp_path / f"eval{count}", count=count) for count in (30, 40)]
-    page = check(render(*folders))
+    text = render(*folders)
+    page = check(text)
     assert "eval40 cannot be compared with eval30: " in page.text
     assert "Only results of the same examples can be compared" in page.text
     assert "Differences from" not in page.text
+    assert "is that of" not in page.text, "numbers of other examples are not ranked"
+    assert "is the same in all" not in page.text
+    assert "<b>" not in text
+
+
+def test_caveats_of_differences_are_told_once(tmp_path: Path) -> None:
+    folders = [write_evaluation(tmp_path / f"eval{i}", better=i / 10) for i in range(3)]
+    page = check(render(*folders))
+    few = "intervals of fewer than 50 examples are too narrow (text: 40, quiz: 40)"
+    assert page.text.count(few) == 1
+    assert f"eval1, eval2 against eval0: {few}" in page.text
 
 
 def test_what_has_not_come_as_far_is_told_and_not_averaged(tmp_path: Path) -> None:
