@@ -20,6 +20,7 @@ from typing import Any
 
 from kdtune.cli import launch, recipe
 from kdtune.cli.parser import Parser
+from kdtune.evaluation import results
 
 _DESCRIPTION = """\
 Run a recipe once for each combination of the values that are separated by commas:
@@ -30,8 +31,8 @@ Each run is `kdtune run` with a folder of its own in output_dir. At the end ther
 deviation over `seed` if that is among the values; output_dir/sweep.md keeps it. The same call again goes on where it
 was stopped, and with more values adds runs. A comma inside brackets, braces or quotes separates nothing."""
 
-_SHOWN = ("val_ce_loss", "val_loss", "val_kd_loss", "val_agreement")  # of the last validation
-_SHOWN_OF_STEPS = ("loss", "ce_loss", "kd_loss")  # of a run without one
+_VALIDATION = ("val_ce_loss", "val_loss", "val_kd_loss", "val_agreement")  # of the last validation
+_LOSSES = ("loss", "ce_loss", "kd_loss")  # of a run without one
 _LINES = 5  # of the log of a run that failed
 _UNFIT = re.compile(r"[^\w.+-]+")  # for the name of a folder
 SEED = "seed"  # the axis over which results are averaged
@@ -175,12 +176,11 @@ class Sweep:
 
     def table(self) -> str:
         """Markdown: a line for each variant, in the order of the runs."""
-        results = {run.name: last_values(self.folder / run.name) for run in self.runs if run.is_done}
-        shown = [key for key in _SHOWN if any(key in values for values in results.values())]
-        shown = shown or [key for key in _SHOWN_OF_STEPS if any(key in values for values in results.values())]
+        numbers = {run.name: _shown(self.folder / run.name) for run in self.runs if run.is_done}
+        shown = dict.fromkeys(key for values in numbers.values() for key in values)
         groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
         for run in self.runs:
-            groups.setdefault(run.variant, []).extend([results[run.name]] if run.is_done else [])
+            groups.setdefault(run.variant, []).extend([numbers[run.name]] if run.is_done else [])
         axes = [axis for axis in self.axes if axis != SEED]
         lines = [[*axes, "runs", *shown]]
         for variant, group in groups.items():
@@ -196,6 +196,16 @@ def last_values(folder: Path) -> dict[str, float]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         values |= {key: math.nan if value is None else value for key, value in json.loads(line).items()}
     return values
+
+
+def _shown(folder: Path) -> dict[str, float]:
+    """What tells runs apart: the main metrics of an evaluation, the last validation; without either the last losses."""
+    values, found = last_values(folder), dict[str, float]()
+    if (folder / results.MAIN).exists():
+        for one in (one for one in results.read(folder).results if one.subset is None):
+            found |= {f"{one.task} {name}": one.metrics[name].value for name in results.main_metrics(one)}
+    found |= {key: values[key] for key in _VALIDATION if key in values}
+    return found or {key: values[key] for key in _LOSSES if key in values}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -246,9 +256,8 @@ def _run_all(sweep: Sweep, places: Sequence[str | None], options: Sequence[str])
 
 def _outcome(sweep: Sweep, run: Run) -> str:
     if run.is_done:
-        values = last_values(sweep.folder / run.name)
-        keys = [key for key in _SHOWN if key in values] or [key for key in _SHOWN_OF_STEPS if key in values]
-        return ", ".join([f"{run.seconds:.0f} s", *(f"{key} {values[key]:.4f}" for key in keys)])
+        numbers = _shown(sweep.folder / run.name).items()
+        return ", ".join([f"{run.seconds:.0f} s", *(f"{key} {value:.4f}" for key, value in numbers)])
     log = sweep.folder / "logs" / f"{run.name}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LINES:]
     return "\n".join([f"failed: {log}", *(f"    {line}" for line in lines)])

@@ -26,6 +26,7 @@ VERSION = 1
 MAIN, EXAMPLES, TOKENS, RESPONSES, TABLE = FILES = (
     *("evaluation.json", "examples.jsonl", "tokens.json", "responses.jsonl", "evaluation.md"),
 )
+_MAIN_METRICS = ("ce", "kl_from_teacher", "top1_agreement", "rouge_l")
 T = TypeVar("T")
 
 
@@ -263,6 +264,11 @@ def table(evaluation: Evaluation) -> str:
             value, stderr = rounded(metric.value, metric.stderr)
             rows.append([task, name, value, stderr, metric.unit, f"{result.num_examples:,}"])
     return markdown(rows, left=(0, 1, 4))
+
+
+def main_metrics(result: Result) -> list[str]:
+    """The names of those that tell most; of a task of lm-evaluation-harness of its first."""
+    return [name for name in _MAIN_METRICS if name in result.metrics] or list(result.metrics)[:1]
 
 
 def rounded(value: float, stderr: float | None) -> tuple[str, str]:

@@ -14,7 +14,6 @@ from kdtune.reporting.markup import Markup, element, escape, table
 from kdtune.reporting.material import Evaluated
 from kdtune.reporting.runs import MOST_COLOURS, Group
 
-_MAIN = ("ce", "kl_from_teacher", "top1_agreement", "rouge_l")  # of the results, those that are told in sentences
 _MOST_SENTENCES = 6
 _MINUS = "\u2212"  # as wide as a plus
 
@@ -143,11 +142,8 @@ def _apart(one: Difference) -> str:
 
 def _is_main(found: Evaluations, key: Key) -> bool:
     task, subset, name = key
-    if subset is not None:
-        return False
-    metrics = next(r.metrics for one in found.members for r in one.evaluation.results if r.task == task)
-    of_task = [metric for metric in _MAIN if metric in metrics] or list(metrics)[:1]
-    return name in of_task
+    first = next(r for one in found.members for r in one.evaluation.results if r.task == task)
+    return subset is None and name in results.main_metrics(first)
 
 
 # The metrics.

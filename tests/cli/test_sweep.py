@@ -96,6 +96,32 @@ def test_table_has_what_finetune_is_validated_by(sweep: Run) -> None:
     assert Path("out/sweep.md").read_text().splitlines()[0].split() == ["|", "runs", "|", "val_loss", "|"]
 
 
+def test_table_has_the_main_metrics_of_evaluations(sweep: Run) -> None:
+    shift = "    folder.mkdir(exist_ok=True)\n"
+    evaluates = (
+        shift
+        + """    from kdtune.evaluation import estimates
+    from kdtune.evaluation.results import Evaluation, Example, Model, write
+    examples = [Example("text", str(i), "ab"[i], 2, 0, {"ce": 4 * (i + cfg.ratio), "entropy": 1.0}) for i in (0, 1)]
+    quiz = [Example("quiz", "0", values={"acc": cfg.seed / 4, "acc_norm": 0.0})]
+    model = Model("m", 1, 1, 1, 1, "fp32", None, "f")
+    found = [*estimates.results("text", examples), estimates.result("quiz", quiz, others={
+        name: estimates.Definition("", "share", "higher") for name in ("acc", "acc_norm")})]
+    write(folder, Evaluation(model, None, "tok", found, [], 1.0, 1.0), examples + quiz)
+    return
+"""
+    )
+    Path("train.py").write_text(RECIPE.replace(shift, evaluates))
+    status, out, _ = sweep("ratio=0.5,1", "seed=1,2")
+    assert status == 0
+    assert "text ce 2.0000, quiz acc 0.2500" in out
+    assert [line.replace(" ", "") for line in Path("out/sweep.md").read_text().splitlines() if "--" not in line] == [
+        "|ratio|runs|textce|quizacc|",
+        "|0.5|2|2.0000±0.0000|0.38±0.18|",
+        "|1|2|3.0000±0.0000|0.38±0.18|",
+    ]
+
+
 def test_a_run_that_diverged_does_not_show_its_last_finite_number(tmp_path: Path) -> None:
     lines = [{"step": 0, "val_ce_loss": 2.5}, {"step": 8, "val_ce_loss": None}, {"step": 9, "loss": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
