@@ -109,11 +109,7 @@ def warnings(groups: Sequence[Group]) -> Iterator[str]:
 def _course(group: Group, quantity: Quantity) -> Markup:
     """How a single run, or the mean of some, went from the first validation to the last."""
     runs = group.furthest(quantity.key)
-    first, last = (
-        [value for run in runs if not math.isnan(value := list(run.series[quantity.key].values())[i])] for i in (0, -1)
-    )
-    if not first or not last:
-        return escape(f"{_capital(quantity)}: no finite value.")
+    first, last = ([list(run.series[quantity.key].values())[i] for run in runs] for i in (0, -1))
     steps = max(max(run.series[quantity.key]) for run in runs)
     if all(len(run.series[quantity.key]) == 1 for run in runs):
         return Markup(f"{_capital(quantity)}: {_estimate(last, quantity)} after {steps:,} steps.")
@@ -132,10 +128,10 @@ def _course(group: Group, quantity: Quantity) -> Markup:
 
 def _best(groups: Sequence[Group], quantity: Quantity) -> Markup | None:
     """Which ends best, and how far before the next and before the first."""
-    ends = {i: seeds.estimate(values) for i, group in enumerate(groups) if (values := group.finals(quantity.key))}
+    ends = {i: mean for i, group in enumerate(groups) if not math.isnan(mean := group.mean(quantity.key))}
     if len(ends) < 2 or quantity.better is None:
         return None
-    ranked = sorted(ends, key=lambda i: ends[i].mean, reverse=quantity.better == "higher")
+    ranked = sorted(ends, key=lambda i: ends[i], reverse=quantity.better == "higher")
     best, second = ranked[:2]
     text = (
         f"{'Lowest' if quantity.better == 'lower' else 'Highest'} {escape(quantity.phrase)}"
@@ -148,11 +144,9 @@ def _best(groups: Sequence[Group], quantity: Quantity) -> Markup | None:
 
 
 def _distance(best: Group, rival: Group, quantity: Quantity, *, is_next: bool) -> str:
-    finite = [_by_seed(group, quantity) for group in (best, rival)]
     sign, word = (-1, "below") if quantity.better == "lower" else (1, "above")
-    found = seeds.difference(*finite)
-    means = [seeds.estimate(list(values.values())).mean for values in finite]
-    away = sign * (means[0] - means[1] if found is None else found.mean)
+    found = seeds.difference(_by_seed(best, quantity), _by_seed(rival, quantity))
+    away = sign * (best.mean(quantity.key) - rival.mean(quantity.key) if found is None else found.mean)
     bracket = ""
     if found is not None and found.interval is not None:
         low, high = sorted(sign * edge for edge in found.interval)
@@ -200,6 +194,8 @@ def _capital(quantity: Quantity) -> Markup:
 
 def _estimate(values: Sequence[float], quantity: Quantity) -> str:
     found = seeds.estimate(values)
+    if math.isnan(found.mean):
+        return "nan"
     if found.stderr is None:
         return number(found.mean, quantity.share)
     scale, decimals, unit = (100, 1, "%") if quantity.share else (1, 3, "")
@@ -219,7 +215,7 @@ def overview(groups: Sequence[Group]) -> Markup:
     bests = {}
     if len(groups) > 1 and same_validation(runs):
         for one in _comparable(measured, runs):
-            ends = [seeds.estimate(values).mean for group in groups if (values := group.finals(one.key))]
+            ends = [mean for group in groups if not math.isnan(mean := group.mean(one.key))]
             if one.better and ends:
                 bests[one.key] = _BEST[one.better](ends)
     rows = []
@@ -230,8 +226,7 @@ def overview(groups: Sequence[Group]) -> Markup:
         for one in measured:
             values = group.finals(one.key)
             text = _estimate(values, one) if values else "-"
-            is_best = bool(values) and seeds.estimate(values).mean == bests.get(one.key)
-            row.append(element("b", text) if is_best else text)
+            row.append(element("b", text) if group.mean(one.key) == bests.get(one.key) else text)
         row.append(_typical(group, "tokens_per_second", "{:,.0f}"))
         row.append(_typical(group, "peak_memory_gib", "{:.2f}"))
         rows.append(row)

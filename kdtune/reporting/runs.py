@@ -186,8 +186,13 @@ class Group:
         return [run for run in self.runs if ends.get(run.name, -1) == max(ends.values(), default=0)]
 
     def finals(self, key: str) -> list[float]:
-        """The last value of each run that has come as far as any of them."""
-        return [value for run in self.furthest(key) if not math.isnan(value := run.last(key))]
+        """The last value of each run that has come as far as any of them; NaN where it was not finite."""
+        return [run.last(key) for run in self.furthest(key)]
+
+    def mean(self, key: str) -> float:
+        """Of the last values; NaN if one of them is, or if there are none."""
+        values = self.finals(key)
+        return fmean(values) if values else math.nan
 
     def end(self, key: str) -> int:
         """The step of the last value."""
@@ -219,7 +224,8 @@ def _looks(members: Sequence[Group]) -> dict[int, int]:
     if len(members) <= MOST_COLOURS:
         return {i: i for i in range(len(members))}
     key = next((key for key in ("val_ce_loss", "loss") if all(group.finals(key) for group in members)), None)
-    lowest = sorted(range(len(members)), key=lambda i: fmean(members[i].finals(key))) if key else []
+    means = [group.mean(key) for group in members] if key else []
+    lowest = sorted((i for i, mean in enumerate(means) if not math.isnan(mean)), key=means.__getitem__)
     return {i: look for look, i in enumerate(dict.fromkeys([0, *lowest[:NUM_LOWEST]]))}
 
 

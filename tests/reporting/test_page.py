@@ -140,6 +140,26 @@ def test_caveats_of_differences_are_told_once(tmp_path: Path) -> None:
     assert f"eval1, eval2 against eval0: {few}" in page.text
 
 
+def test_a_seed_that_diverged_makes_its_mean_nan(tmp_path: Path) -> None:
+    """As in the table of a sweep; such a group is ranked nowhere."""
+    for ratio, ends in ((0.0, (2.5, 2.4)), (0.5, (1.5, None)), (1.0, (2.2, 2.1))):
+        for seed, end in enumerate(ends):
+            lines = [{"step": 0, "val_ce_loss": 3.0}, {"step": 8, "val_ce_loss": end}]
+            write_run(tmp_path / f"{ratio}-{seed}", seed=seed, kd_ratio=ratio, lines=lines)
+    text = render(*sorted(tmp_path.iterdir()))
+    page = check(text)
+    assert re.search(r"kd_ratio=0.5</th><td>2</td><td>8</td><td>nan</td>", text)
+    assert "Lowest validation cross-entropy: kd_ratio=1, 2.150 ± 0.050" in page.text
+    assert re.search("<b>2.150 ± 0.050</b>", text)
+    page = check(render(tmp_path / "0.5-1"))
+    assert "Validation cross-entropy went from 3.000 to nan nats per token over 8 steps." in page.text
+
+
+def test_runs_without_a_seed(tmp_path: Path) -> None:
+    page = check(render(*(write_run(tmp_path / name, seed=None, better=i / 10) for i, name in enumerate("ab"))))
+    assert "Lowest validation cross-entropy: b, 1.900 nats per token: 0.100 below a (next)." in page.text
+
+
 def test_what_has_not_come_as_far_is_told_and_not_averaged(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         write_run(tmp_path / f"a{seed}", seed=seed, steps=8)
