@@ -79,7 +79,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         message = f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors."
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        if folder.name == "model":
+            message += (
+                f" A run with output_dir={folder.parent} writes it at its end: do that run first, or give another "
+                f"folder (from {Path.cwd()})."
+            )
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             message += (
                 " If this is a name on the Hugging Face hub, fetch it first: "
                 f"kdtune download {folder} --output-dir <folder>"

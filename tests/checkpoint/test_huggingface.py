@@ -248,6 +248,7 @@ def test_tied_head_in_the_file_and_old_rope_tables_are_left_out(hf_folder: Calla
     ("name", "message"),
     [
         ("nowhere", "nowhere is not a folder; a checkpoint is a folder with config.json"),
+        ("runs/mine/model", "A run with output_dir=runs/mine writes it at its end: do that run first"),
         ("meta-llama/Llama-3.2-1B", "fetch it first: kdtune download meta-llama/Llama-3.2-1B"),
     ],
 )
