@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import tiny_runs
 import torch
 
 from kdtune import planning
+
+# A shell lets what it starts in the background ignore ctrl-c, and so would do all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests that start a process of their own compare its numbers with these bit for bit, and sums depend on the number of
 # threads. Tiny models are also faster with one.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-_IMPORTED = [
+_IMPORTED = [  # also what torch imports late, which each process would import anew
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.optim"),
+    *("torch._dynamo", "torch.onnx", "pytest"),
     *("kdtune.cli.main", "kdtune.teacher", "kdtune.planning", "kdtune.tensor_parallel", "tiny_runs"),
 ]
 

@@ -5,14 +5,13 @@ The ranks are started once, compute all cases, and write down what came out.
 
 import copy
 import functools
-import multiprocessing
 from datetime import timedelta
 from typing import get_args
 
 import pytest
+import ranks as processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from problems import DEFINITIONS, make_problem, values_of
 from test_engine import AdaptedHead, Head, like
 from torch import nn
@@ -241,10 +240,9 @@ def refusal(*args):
     return str(error.value)
 
 
-def run_rank(rank, ranks, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+def work():
+    """What one process does."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     group = dist.group.WORLD
     results = {}
     for name, (problem, top_k, settings) in CASES.items():
@@ -266,18 +264,14 @@ def run_rank(rank, ranks, folder):
         "own": refusal(*case(divergence=bhattacharyya), same),
         "cut apart": refusal(*case("padded"), padded, apart),
     }
-    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What each of so many ranks has found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # Forked from a server that has imported what they need, once for all.
-    multiprocessing.set_forkserver_preload(["torch", "pytest", "kdtune.losses"])
-    mp.start_processes(run_rank, (request.param, str(folder)), request.param, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return processes.run(request.param, work, tmp_path_factory.mktemp("ranks"))
 
 
 @functools.cache
