@@ -59,9 +59,16 @@ def _teachers(runs: Sequence[Run]) -> list[float]:
     return [min(levels), max(levels)] if levels and max(levels) - min(levels) > 1e-3 else []
 
 
+def _ways(runs: Sequence[Run]) -> list[str]:
+    """The settings by which the KL to the teacher is another quantity: whole, an estimate from draws, of its top k."""
+    ways = ("teacher.cache_dir", "kd_loss.top_k_convention")
+    return [one.key for one in differences([run for run in runs if "val_kd_loss" in run.series]) if one.key in ways]
+
+
 def _comparable(measured: Sequence[Quantity], runs: Sequence[Run]) -> list[Quantity]:
-    """Distances to different teachers are not."""
-    return [one for one in measured if one.key == "val_ce_loss" or not _teachers(runs)]
+    """Distances to different teachers are not, nor those that were measured in different ways."""
+    forbidden = {"val_kd_loss", "val_agreement"} if _teachers(runs) else {"val_kd_loss"} if _ways(runs) else set()
+    return [one for one in measured if one.key not in forbidden]
 
 
 def validation_settings(runs: Sequence[Run]) -> list[str]:
@@ -83,6 +90,12 @@ def warnings(groups: Sequence[Group]) -> Iterator[str]:
         yield (
             f"The teachers differ: their own validation cross-entropy is from {number(teachers[0])} to "
             f"{number(teachers[1])}. Distances to them, and agreement with them, cannot be compared."
+        )
+    elif ways := _ways(runs):
+        verb = "differs" if len(ways) == 1 else "differ"
+        yield (
+            f"The KL to the teacher was measured in different ways ({' and '.join(ways)} {verb}) and "
+            "cannot be compared. kdtune run evaluate measures all beside the teacher itself."
         )
     gaps = []
     for run in runs:

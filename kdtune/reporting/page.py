@@ -73,6 +73,12 @@ def _runs(found: Sequence[Group]) -> str:
     several = any(len(group.runs) > 1 for group in found)
     note = "The last validation of each run. " + "Of several seeds: mean ± standard error. " * several
     note += "Tokens/s are the median over the steps, memory is the highest."
+    runs = [run for group in found for run in group.runs]
+    if any(run.settings.get("teacher.cache_dir") and "val_kd_loss" in run.series for run in runs):
+        note += (
+            " The KL to a cached teacher is what its answers tell: of draws an unbiased estimate, which can be below "
+            "0; of its likeliest tokens as kd_loss.top_k_convention says."
+        )
     text = findings.overview(found) + element("p", note, class_="about")
     if several:
         members = Markup("".join(map(_members, found)))

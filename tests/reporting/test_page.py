@@ -72,6 +72,24 @@ def test_distances_to_different_teachers_are_not_compared(tmp_path: Path) -> Non
     assert "Lowest KL" not in page.text
 
 
+def test_distances_that_a_cache_tells_are_not_compared_with_others(tmp_path: Path) -> None:
+    """Of draws they are estimates, which can be below 0, of a top k a part, and beside a live teacher the whole."""
+    lines = [{"step": 8, "val_ce_loss": 2.5, "val_kd_loss": kd, "val_agreement": kd + 0.5} for kd in (0.1, -0.002)]
+    live = write_run(tmp_path / "live", lines=lines[:1], teacher={"cache_dir": None})
+    cached = [
+        write_run(tmp_path / f"cached{i}", lines=lines[1:], kd_ratio=i, teacher={"cache_dir": "draws"}) for i in (0, 1)
+    ]
+    page = check(text := render(live, *cached))
+    assert "The KL to the teacher was measured in different ways (teacher.cache_dir differs)" in page.text
+    assert "Lowest KL" not in page.text
+    assert "Highest top-1 agreement with the teacher: live" in page.text
+    assert "<b>-0.002</b>" not in text
+    page = check(render(*cached))
+    assert "Lowest KL to the teacher: cached0, -0.002" in page.text
+    assert "of draws an unbiased estimate, which can be below 0" in page.text
+    assert "unbiased" not in check(render(live)).text
+
+
 def test_a_page_of_a_sweep(tmp_path: Path) -> None:
     page = check(render(write_sweep(tmp_path / "sweep", {"plain": 0.0, "better": 0.1})))
     # The seeds add 0, 0.01 and 0.02 to both, and to `better` another 0, 0.001 and 0.002.
