@@ -197,6 +197,10 @@ class Response:
     responses: list[str]
     rouge_l: list[float]
 
+    def __post_init__(self) -> None:
+        if not len(self.responses) == len(self.rouge_l) > 0:
+            raise ValueError(f"{self.id} has {len(self.rouge_l)} scores for {len(self.responses)} responses")
+
 
 def write(
     folder: Path,

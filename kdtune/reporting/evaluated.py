@@ -75,6 +75,8 @@ def sections(found: Evaluations) -> list[tuple[str, str, str]]:
     shown = [("evaluation", "Evaluation", _metrics(found) + _differences(found) + _models(found))]
     if any(one.evaluation.samples for one in found.members):
         shown.append(("continuations", "Continuations", texts.continuations(found.members)))
+    if any(one.responses for one in found.members):
+        shown.append(("responses", "Responses", texts.responses(found.members)))
     if any(one.tokens for one in found.members):
         shown.append(("tokens", "Token by token", texts.tokens(found.members)))
     return shown

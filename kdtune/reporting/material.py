@@ -23,6 +23,7 @@ class Evaluated:
     folder: Path
     evaluation: results.Evaluation
     tokens: list[results.TokenExample]
+    responses: list[results.Response]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def read(folders: Sequence[Path]) -> Material:
     return Material(
         runs=[read_run(folder, run_names[folder], variant) for folder, variant in runs.items()],
         evaluations=[
-            Evaluated(evaluation_names[folder], folder, results.read(folder), results.read_tokens(folder))
+            Evaluated(
+                *(evaluation_names[folder], folder, results.read(folder)),
+                *(results.read_tokens(folder), results.read_responses(folder)),
+            )
             for folder in evaluations
         ],
         warnings=warnings,

@@ -9,6 +9,7 @@ from kdtune.reporting.markup import Markup, element, escape, table
 from kdtune.reporting.material import Evaluated
 
 _EDGES = (0.05, 0.2, 0.5, 1.0, 2.0)  # nats at which the colour of a token changes
+_MOST_PROMPTS = 8  # that were answered
 _MOST_TEXTS = 3  # of the first evaluation that are not folded: those in which the models differ most
 _MOST_PLACES = 12  # in the list of the tokens that differ most
 
@@ -26,12 +27,33 @@ def _continuations(evaluations: Sequence[Evaluated], prompt: str) -> str:
     for one in evaluations:
         for sample in one.evaluation.samples:
             if sample.prompt == prompt:
-                students.append((one.name if len(evaluations) > 1 else "student", sample.student))
+                students.append((_who(one, evaluations), sample.student))
                 if sample.teacher is not None:
                     teachers[sample.teacher] = None
+    return _side_by_side(prompt, [*(("teacher", text) for text in teachers), *students])
+
+
+def responses(evaluations: Sequence[Evaluated]) -> str:
+    """In a fold-out, the first prompts that were answered: references, and what models said with their first seed."""
+    by_id = [{said.id: said for said in one.responses} for one in evaluations]
+    ids = list(dict.fromkeys(id for found in by_id for id in found))
+    parts = []
+    for id in ids[:_MOST_PROMPTS]:
+        said = {_who(one, evaluations): found[id] for one, found in zip(evaluations, by_id, strict=True) if id in found}
+        answers = [(f"{who}: Rouge-L {one.rouge_l[0]:.1%}", one.responses[0]) for who, one in said.items()]
+        first = next(iter(said.values()))
+        parts.append(_side_by_side(first.prompt, [("reference", first.reference), *answers]))
+    about = f"{len(parts)} of {len(ids):,} prompts, with the reference and the response of the first seed"
+    return element("details", element("summary", about), Markup("".join(parts))) + "\n"
+
+
+def _who(one: Evaluated, evaluations: Sequence[Evaluated]) -> str:
+    return one.name if len(evaluations) > 1 else "student"
+
+
+def _side_by_side(prompt: str, said: Sequence[tuple[str, str]]) -> str:
     cards = [
-        element("div", element("h4", who), element("pre", escape(text, keep="\n")), class_="card")
-        for who, text in [*(("teacher", text) for text in teachers), *students]
+        element("div", element("h4", who), element("pre", escape(text, keep="\n")), class_="card") for who, text in said
     ]
     return element("h3", escape(prompt, keep="\n"), class_="prompt") + f'\n<div class="cards">{"".join(cards)}</div>\n'
 

@@ -135,6 +135,14 @@ def test_json_of_other_types(name: str, change: dict[str, object], message: str,
         read(tmp_path)
 
 
+def test_responses_without_scores(tmp_path: Path) -> None:
+    (tmp_path / "responses.jsonl").write_text(
+        '{"id": "1", "prompt": "", "reference": "", "responses": ["a"], "rouge_l": []}'
+    )
+    with pytest.raises(ValueError, match="1 has 0 scores for 1 responses"):
+        results.read_responses(tmp_path)
+
+
 def test_metrics_of_a_set_and_of_its_subsets() -> None:
     examples = text_examples()
     whole, first, second = estimates.results("text", examples)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from kdtune.evaluation import estimates
-from kdtune.evaluation.results import Evaluation, Example, Metric, Model, Result, Sample, TokenExample, write
+from kdtune.evaluation.results import Evaluation, Example, Metric, Model, Response, Result, Sample, TokenExample, write
 from kdtune.reporting import material, page
 
 VOID = {"meta", "br", "hr", "input", "link", "img"}
@@ -95,7 +95,8 @@ def write_evaluation(folder: Path, *, better: float = 0.0, count: int = 40, name
             "0", "Q: ", ["Hi", "\n", "<b>"], [0.1, None, 2.0], [0.01, None, 3.0], ["Hi", None, "x"], ["Ho", None, "y"]
         )
     ]
-    write(folder, Evaluation(model, model, "tok", found, samples, 1.0, 2.0), examples, tokens)
+    said = [Response(str(i), f"Add {i}:", f"{i} <b>", [f"{name} {i}", "other"], [0.25, 1.0]) for i in range(12)]
+    write(folder, Evaluation(model, model, "tok", found, samples, 1.0, 2.0), examples, tokens, said)
     return folder
 
 

@@ -135,6 +135,11 @@ def test_a_page_of_several_evaluations(tmp_path: Path) -> None:
     assert ("c0", "eval1") in names, "the colour of the run that it is of"
     assert ("c1", "eval0") in names
     assert page.tags.count("circle") == 3, "ce, perplexity and bits_per_byte: what differs in nothing has no interval"
+    assert re.search(
+        r"Add 7:\s*reference7 <b>eval0: Rouge-L 25.0%runs/r0/model 7eval1: Rouge-L 25.0%runs/r1/model 7", page.text
+    )
+    assert "8 of 12 prompts, with the reference and the response of the first seed" in page.text
+    assert "Add 8:" not in page.text
     assert "On quiz, acc is the same in all: 35.0 ± 7.0%." in page.text
 
 
