@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     _run_all(sweep, places, launch.options(call))
     table = sweep.table()
     (sweep.folder / "sweep.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nThe table is in {sweep.folder / 'sweep.md'}. The curves of all runs:")
+    print(f"\n{table}\nThe table is in {sweep.folder / 'sweep.md'}. All runs as a page:")
     print(f"  kdtune report {sweep.folder}")
     if failed := [run.name for run in sweep.runs if run.state == "failed"]:
         print(f"kdtune: {len(failed)} of {len(sweep.runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
@@ -185,8 +185,8 @@ class Sweep:
         lines = [[*axes, "runs", *shown]]
         for variant, group in groups.items():
             cells = [spread([values[key] for values in group if key in values]) for key in shown]
-            lines.append([*(value.replace("|", r"\|") for value in variant), str(len(group)), *cells])
-        return _markdown(lines, num_texts=len(axes))
+            lines.append([*variant, str(len(group)), *cells])
+        return results.markdown(lines, left=range(len(axes))) + "\n"
 
 
 def last_values(folder: Path) -> dict[str, float]:
@@ -373,17 +373,3 @@ def _names(text: str) -> list[str | None]:
     if not names or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError("wants devices, each once, separated by commas")
     return names
-
-
-def _markdown(lines: Sequence[Sequence[str]], num_texts: int) -> str:
-    """A table that is aligned as text, too: the first columns left, the others, which are numbers, right."""
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]  # Markdown wants three dashes
-    rule = ["-" * width if i < num_texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    rows = (
-        [
-            cell.ljust(width) if i < num_texts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in (lines[0], rule, *lines[1:])
-    )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -92,9 +92,6 @@ def fit(requests: Sequence[Request], max_seq_len: int) -> list[Request]:
         requests: of any length.
         max_seq_len: tokens that a row may have as input.
 
-    Returns:
-        Requests that fit.
-
     Raises:
         ValueError: a continuation alone is too long.
     """

@@ -237,7 +237,7 @@ def _differences(found: Evaluations) -> str:
         "Of 20 rows without any difference one would be bold by chance. Grey: neither side is the good one, and higher "
         "is on the right. pp: percentage points."
     )
-    left_out = [line for comparison in found.comparisons if comparison for line in comparison.left_out]
+    left_out = dict.fromkeys(line for comparison in found.comparisons if comparison for line in comparison.left_out)
     return (
         f"<h3>Differences from {escape(found.first.name)}</h3>\n"
         + table(["", sides, *names], rows)

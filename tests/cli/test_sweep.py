@@ -84,7 +84,7 @@ def test_table_averages_over_seeds_alone(sweep: Run) -> None:
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
     assert [line.replace(" ", "") for line in table.splitlines()] == [
         "|ratio|runs|val_ce_loss|",
-        "|-----|---:|----------:|",
+        "|-------|-----:|------------:|",
         f"|0.25|3|{mean:.2f}±{deviation:.2f}|",
         "|1|3|1.10±0.10|",
     ]
