@@ -63,7 +63,7 @@ class Difference:
 
     @property
     def examples(self) -> str:
-        """Of which it is, for people."""
+        """Which they are: the task, and its subset if it has one."""
         return self.task if self.subset is None else f"{self.task}: {self.subset}"
 
 
