@@ -69,14 +69,17 @@ def convert(values: Mapping[Any, Any]) -> Converted:
         _teacher(given.section("teacher_model"))
     turns = _tokenizer(given, model_dir)
     convert_dataset(given.take("dataset"), result, turns)
+    _validation(given, turns)
     _length(given)
     if has_teacher:
         _divergence(given)
     _cross_entropy(given)
     _optimizer(given)
     _clipping(given, has_teacher)
-    _offloading(given, has_teacher)
+    _checkpointing(given, has_teacher)
     _run(given)
+    _processes(given)
+    _compile(given)
     _logging(given)
     given.section("quantizer").close("rounding in training is qat.weights, qat.group_size and qat.activations.")
     given.close()
@@ -193,6 +196,17 @@ def _tokenizer(given: Given, model_dir: str) -> str:
     return family if is_default or family not in ("llama2", "mistral") else ""
 
 
+def _validation(given: Given, turns: str) -> None:
+    rows = given.take("dataset_val")
+    if rows is not None:
+        convert_dataset(rows, given.result, turns, "dataset_val")
+        if given.peek("run_val_every_n_steps") is None:
+            why = "there the rows are then not looked at; here they are before and after the run."
+            given.note("different", "run_val_every_n_steps", None, why)
+    given.copy("run_val_every_n_steps")
+    given.tell("unneeded", "batch_size_val", "validation takes batch_size rows at a time, which changes no number.")
+
+
 def _length(given: Given) -> None:
     if "tokenizer.max_seq_len" not in given.result.settings:
         why = "rows are of any length there; here tokenizer.max_seq_len is 2,048 unless given, and longer rows are cut."
@@ -293,7 +307,18 @@ def _clipping(given: Given, has_teacher: bool) -> None:
     given.copy("clip_grad_norm")
 
 
-def _offloading(given: Given, has_teacher: bool) -> None:
+def _checkpointing(given: Given, has_teacher: bool) -> None:
+    """Of activations."""
+    settings = given.result.settings
+    if given.peek("ac_mode") in ("full", "selective") and not given.peek("enable_activation_checkpointing"):
+        settings["enable_activation_checkpointing"] = True
+        given.take("enable_activation_checkpointing")
+        if given.take("ac_mode") == "selective" and str(given.peek("ac_option")) != "1":
+            settings["activation_checkpointing_mode"] = "selective"
+            why = "some layers are recomputed there; here all are, but for their products."
+            given.note("different", "ac_option", given.take("ac_option"), why)
+    given.tell("unneeded" if given.peek("ac_mode") is None else "lost", "ac_mode", "none of its modes is meant by it.")
+    given.tell("unneeded", "ac_option", "it says which layers of a selective ac_mode, which is not given.")
     is_checkpointing = given.peek("enable_activation_checkpointing")
     given.copy("enable_activation_checkpointing")
     if has_teacher and is_checkpointing and given.peek("enable_activation_offloading"):
@@ -314,20 +339,15 @@ def _run(given: Given) -> None:
     if given.peek("seed") is None:
         given.note("different", "seed", None, "another seed in every run there; here it is 0 unless given.")
     given.copy("seed")
+    why = "kdtune does not tell torch to compute deterministically."
+    mode = given.peek("cudnn_deterministic_mode")
+    given.tell("unneeded" if mode is None else "lost", "cudnn_deterministic_mode", why)
     given.copy("shuffle")
     given.copy("device")
     if given.peek("dtype") in ("bf16", "fp32", None):
         given.copy("dtype")
     else:
         given.tell("lost", "dtype", "kdtune has bf16 and fp32, and takes bf16.")
-    given.copy("compile")
-    if given.take("fsdp_cpu_offload", False):
-        settings["parallel.offload"] = True
-    given.copy("fsdp_reshard_after_forward", "parallel.reshard_after_forward")
-    given.copy("tensor_parallel_dim", "parallel.tensor")
-    plan = given.section("tensor_parallel_plan")
-    plan.tell("unneeded", "_component_", "how the layers of each family are split is known.")
-    plan.close()
     given.tell("unneeded", "low_cpu_ram", "weights are read into their places.")
     given.copy("output_dir")
     if "output_dir" not in settings:
@@ -340,9 +360,45 @@ def _run(given: Given) -> None:
     given.tell("lost", "resume_from_checkpoint", why)
 
 
+def _processes(given: Given) -> None:
+    """How models are spread over them."""
+    if given.take("fsdp_cpu_offload", False):
+        given.result.settings["parallel.offload"] = True
+    given.copy("fsdp_reshard_after_forward", "parallel.reshard_after_forward")
+    if given.peek("data_parallel_shard_dim") == -1:
+        given.tell("unneeded", "data_parallel_shard_dim", "all processes of a group share its model here, too.")
+    given.copy("data_parallel_shard_dim", "parallel.data_shard")
+    given.copy("data_parallel_replicate_dim", "parallel.data_replicate")
+    given.copy("context_parallel_dim", "parallel.context")
+    given.tell("unneeded", "context_parallel_rotate_method", "it says how the same attention is computed.")
+    given.copy("tensor_parallel_dim", "parallel.tensor")
+    plan = given.section("tensor_parallel_plan")
+    plan.tell("unneeded", "_component_", "how the layers of each family are split is known.")
+    plan.close()
+    given.tell("unneeded", "custom_sharded_layers", "weights are gathered a layer at a time.")
+
+
+def _compile(given: Given) -> None:
+    if isinstance(given.peek("compile"), Mapping):
+        parts = given.section("compile")
+        layers = parts.take("model", True)
+        given.result.settings["compile"] = layers
+        if parts.peek("loss") == layers:
+            parts.take("loss")
+        parts.tell("different", "loss", "kdtune compiles layers and loss, or neither.")
+        for name in ("optimizer_step", "scale_grads", "flex_attention"):
+            parts.tell("unneeded", name, "it says how the same numbers are computed.")
+        parts.close()
+    given.copy("compile")
+    why = "kdtune multiplies in the dtype of the weights."
+    for name in ("enable_fp8_training", "fp8_recipe_name"):
+        given.tell("lost" if given.peek("enable_fp8_training") else "unneeded", name, why)
+
+
 def _logging(given: Given) -> None:
     settings = given.result.settings
     given.copy("log_every_n_steps")
+    given.tell("unneeded", "log_level", "what a run says on its way is short.")
     given.tell("unneeded", "log_peak_memory_stats", "the peak of memory is always in metrics.jsonl.")
     section = given.section("metric_logger")
     kind = component(section)[1]

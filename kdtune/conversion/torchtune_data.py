@@ -49,8 +49,8 @@ _BUILDERS = {
 }
 
 
-def convert_dataset(rows: Any, result: Converted, turns: str) -> None:
-    """The section `dataset`, and `tokenizer.max_seq_len` if a builder alone has a length.
+def convert_dataset(rows: Any, result: Converted, turns: str, section: str = "dataset") -> None:
+    """The section of that name, and `tokenizer.max_seq_len` if a builder alone has a length.
 
     Args:
         rows: what is given: a builder with its arguments, or a list of such.
@@ -59,8 +59,8 @@ def convert_dataset(rows: Any, result: Converted, turns: str) -> None:
     """
     packed = []
     for number, one in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        theirs = f"dataset.{number - 1}." if isinstance(rows, list) else "dataset."
-        ours = f"dataset.sources.rows_{number}." if isinstance(rows, list) else "dataset."
+        theirs = f"{section}.{number - 1}." if isinstance(rows, list) else f"{section}."
+        ours = f"{section}.sources.rows_{number}." if isinstance(rows, list) else f"{section}."
         given = Given(one if isinstance(one, Mapping) else {}, result, theirs)
         if not isinstance(one, Mapping):
             result.wanted.append(f"{ours}source")
@@ -75,10 +75,10 @@ def convert_dataset(rows: Any, result: Converted, turns: str) -> None:
         )
         given.close()
     if packed:
-        result.settings["dataset.packed"] = any(packed)
+        result.settings[f"{section}.packed"] = any(packed)
     if len(set(packed)) > 1:
         why = "some of the data sets are packed there; here all of a blend are, or none."
-        result.notes.append(("different", f"dataset.packed={packed}", why))
+        result.notes.append(("different", f"{section}.packed={packed}", why))
 
 
 def _convert_one(given: Given, ours: str, turns: str) -> None:

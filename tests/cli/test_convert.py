@@ -141,6 +141,21 @@ LORA = {
     "tensor_parallel_dim": 2,
     "tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"},
 }
+# Keys that recipes of torchtune's repository read, and those of its last release do not.
+NEWER = {
+    "dataset_val": {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "split": "train[95%:]"},
+    "run_val_every_n_steps": 100,
+    "batch_size_val": 8,
+    "data_parallel_shard_dim": 4,
+    "data_parallel_replicate_dim": 3,
+    "context_parallel_dim": 2,
+    "context_parallel_rotate_method": "alltoall",
+    "compile": {"model": True, "loss": False},
+    "enable_fp8_training": True,
+    "fp8_recipe_name": "tensorwise",
+    "log_level": "INFO",
+    "cudnn_deterministic_mode": None,
+}
 PAIRS = {
     "logit_layers": ["output_layer", "output_layer"],
     "intermediate_layer_pairs": [
@@ -223,8 +238,8 @@ def test_qwen_distributed(tmp_path: Path, llama: dict[str, Any], convert: Any) -
     assert (found.seed, found.clip_grad_norm, found.metric_logger.wandb_project) == (7, None, "kd")
     assert (found.parallel.offload, found.parallel.reshard_after_forward) == (True, False)
     assert (found.save_in_background, found.save_every_n_steps) == (True, 50)
-    lost = told.partition("Carried over")[0]
-    assert "custom_sharded_layers=['tok_embeddings', 'output']: kdtune has no such setting." in lost
+    assert "Not carried over" not in told
+    assert "custom_sharded_layers=['tok_embeddings', 'output']: weights are gathered a layer at a time" in told
     assert "clip_grad_norm=1.0: torchtune's distillation recipes divide the gradient by its tokens twice" in told
     assert "kd_loss.num_output_chunks=4" in told
 
@@ -283,9 +298,9 @@ def answer(theirs: dict[str, Any]) -> tuple[Any, ...]:
     return found.settings, found.notes, found.wanted
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen", "lora", "newer"])
 def test_no_torchtune_key_is_dropped_silently(name: str, llama: dict[str, Any], lora: dict[str, Any]) -> None:
-    theirs = {"llama": llama, "qwen": llama | QWEN, "lora": lora}[name]
+    theirs = {"llama": llama, "qwen": llama | QWEN, "lora": lora, "newer": llama | NEWER}[name]
     before = answer(theirs)
     for trail in leaves(theirs):
         value = functools.reduce(operator.getitem, trail, theirs)
@@ -302,7 +317,14 @@ def test_no_torchtune_key_is_dropped_silently(name: str, llama: dict[str, Any], 
 def test_whatever_is_given_ends_in_settings_or_one_message(
     value: Any, llama: dict[str, Any], lora: dict[str, Any]
 ) -> None:
-    for theirs in (llama, llama | QWEN, lora, PAIRS, PAIRS | {"skip_lm_loss": False, "kd_loss_scale": 2.0}):
+    for theirs in (
+        llama,
+        llama | QWEN,
+        lora,
+        llama | NEWER,
+        PAIRS,
+        PAIRS | {"skip_lm_loss": False, "kd_loss_scale": 2.0},
+    ):
         for trail in [*leaves(theirs), *((name,) for name in theirs)]:
             try:
                 conversion.convert(changed(theirs, trail, value))
@@ -363,6 +385,53 @@ def test_several_data_sets_are_a_blend(tmp_path: Path, llama: dict[str, Any], co
     assert found.dataset.packed
     assert found.tokenizer.max_seq_len == 99
     assert "dataset.packed=[True, False]: some of the data sets are packed there" in told
+
+
+def test_newer_keys(tmp_path: Path, lora: dict[str, Any], convert: Any) -> None:
+    settings, told = convert(lora | NEWER)
+    found = load(settings, tmp_path, recipe="finetune")
+    assert (found.dataset_val.source, found.dataset_val.split) == ("yahma/alpaca-cleaned", "train[95%:]")
+    assert found.dataset_val.prompt_template == found.dataset.prompt_template
+    assert found.dataset_val.train_on_input
+    assert found.run_val_every_n_steps == 100
+    parallel = found.parallel
+    assert (parallel.data_shard, parallel.data_replicate, parallel.context, parallel.tensor) == (4, 3, 2, 2)
+    assert found.compile
+    lost, different = told.partition("Carried over, with another meaning")[::2]
+    assert "enable_fp8_training=true: " in lost
+    assert "kdtune has no such setting" not in told
+    assert "compile.loss=false: kdtune compiles layers and loss, or neither" in different
+
+    as_defaults = {"data_parallel_shard_dim": -1, "compile": {}, "enable_fp8_training": False}
+    settings, told = convert(lora | NEWER | as_defaults | {"run_val_every_n_steps": None})
+    found = load(settings, tmp_path, recipe="finetune")
+    assert found.parallel.data_shard is None
+    assert found.compile
+    assert found.run_val_every_n_steps == 0
+    assert "Not carried over" not in told
+    assert "run_val_every_n_steps=null: there the rows are then not looked at" in told
+    off = {"compile": {"model": False, "loss": False, "flex_attention": True}}
+    assert not load(convert(lora | off)[0], tmp_path, recipe="finetune").compile
+
+
+@pytest.mark.parametrize(
+    ("mode", "option", "ours"),
+    [
+        ("full", None, {"enable_activation_checkpointing": True}),
+        ("selective", 1, {"enable_activation_checkpointing": True}),
+        ("selective", "2", {"enable_activation_checkpointing": True, "activation_checkpointing_mode": "selective"}),
+        (None, None, {}),
+    ],
+)
+def test_activation_checkpointing_by_mode(
+    mode: str | None, option: object, ours: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    for key in ("enable_activation_checkpointing", "enable_activation_offloading"):
+        del lora[key]
+    found = conversion.convert(lora | {"ac_mode": mode, "ac_option": option})
+    assert {key: value for key, value in found.settings.items() if "activation" in key} == ours
+    told = [what for kind, what, _ in found.notes if kind == "different" and what.startswith("ac_")]
+    assert told == (["ac_option=2"] if option == "2" else [])
 
 
 @pytest.mark.parametrize(
