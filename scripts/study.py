@@ -3,8 +3,9 @@
     python scripts/study.py runs/study
     python scripts/study.py runs/study --figures docs
 
-Every setting is compared with the student of the teacher alone (`main`, kd_ratio=1), seed by seed: runs of one seed see
-the same rows in the same order. `--figures` also draws (it takes matplotlib).
+Every setting is compared with the student of the teacher alone (kd_ratio=1 of `main`, or of `tuned` at the other
+learning rate), seed by seed: runs of one seed see the same rows in the same order. `--figures` also draws (it takes
+matplotlib).
 """
 
 import argparse
@@ -31,14 +32,15 @@ class Part:
         title: of its table.
         name: of a variant, from the values of its axes.
         sweeps: folders.
-        has_reference: whether its students are asked the same as those of `main`.
+        reference: the sweep with the student of the teacher alone that they are compared with; None: theirs is another
+            task.
         is_sorted: whether rows are in the order of their names, not of the runs.
     """
 
     title: str
     name: Callable[[str, Mapping[str, str]], str]
     sweeps: tuple[str, ...]
-    has_reference: bool = True
+    reference: str | None = "main"
     is_sorted: bool = False
 
 
@@ -52,6 +54,10 @@ LEARNING_RATES = {"main": "2e-3", "tuned": "1e-3"}  # of sweeps that have one
 def by_rate(sweep: str, values: Mapping[str, str]) -> str:
     rate = LEARNING_RATES.get(sweep) or values["optimizer.lr"]
     return f"{by_ratio(values['kd_ratio'])}, lr {float(rate):g}"
+
+
+def by_divergence(_: str, values: Mapping[str, str]) -> str:
+    return values["kd_loss.name"]
 
 
 def of_pair(sweep: str, values: Mapping[str, str]) -> str:
@@ -85,7 +91,8 @@ PARTS = (
     ),
     Part("kd_ratio", lambda _, values: by_ratio(values["kd_ratio"]), ("ratio",)),
     Part("Learning rate", by_rate, ("main", "tuned", "lr"), is_sorted=True),
-    Part("Divergence", lambda _, values: values["kd_loss.name"], ("divergence",)),
+    Part("Divergence", by_divergence, ("divergence",)),
+    Part("Divergence, with the better learning rate", by_divergence, ("divergence_tuned",), reference="tuned"),
     Part("Temperature", lambda _, values: f"temperature {values['kd_loss.temperature']}", ("temperature",)),
     Part("Hidden states", of_hidden, ("hidden", "layerwise")),
     Part(
@@ -94,7 +101,7 @@ PARTS = (
         ("size",),
     ),
     Part("Start of the student", of_start, tuple(START)),
-    Part("Another task: fine-tuned or plain", of_pair, ("plain", "plain_labels"), has_reference=False),
+    Part("Another task: fine-tuned or plain", of_pair, ("plain", "plain_labels"), reference=None),
 )
 
 
@@ -108,6 +115,12 @@ def read(study: Path, part: Part) -> dict[str, dict[str, Values]]:
             if run["state"] == "done" and "val_ce_loss" in values:
                 found.setdefault(part.name(sweep, run["values"]), {})[run["values"][SEED]] = values
     return dict(sorted(found.items())) if part.is_sorted else found
+
+
+def reference_of(study: Path, part: Part) -> dict[str, Values]:
+    """What the students of the teacher alone ended with, by seed; empty without."""
+    of_sweep = next((one for one in PARTS if one.sweeps == (part.reference,)), None)
+    return read(study, of_sweep).get(REFERENCE, {}) if of_sweep is not None else {}
 
 
 def differences(runs: Mapping[str, Values], others: Mapping[str, Values], key: str = "val_ce_loss") -> list[float]:
@@ -124,16 +137,16 @@ def with_error(values: Sequence[float]) -> str:
 
 def tables(study: Path) -> Iterator[str]:
     """Markdown."""
-    reference = read(study, PARTS[0]).get(REFERENCE, {})
     for part in PARTS:
-        found = read(study, part)
+        found, reference = read(study, part), reference_of(study, part)
         if not found:
             continue
-        head = ["", "seeds", *METRICS.values(), *(["cross-entropy, to the teacher alone"] * part.has_reference)]
+        head = ["", "seeds", *METRICS.values()]
+        head += ["cross-entropy, to the teacher alone"] if part.reference else []
         yield f"\n### {part.title}\n\n| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}"
         for name, runs in found.items():
             cells = [name, str(len(runs)), *(spread([run[key] for run in runs.values()]) for key in METRICS)]
-            if part.has_reference:
+            if part.reference:
                 cells.append("" if runs == reference else with_error(differences(runs, reference)))
             yield f"| {' | '.join(cells)} |"
 
@@ -200,10 +213,9 @@ def draw(study: Path, folder: Path) -> None:
     all_axes[0, 0].legend(frameon=False)
     save(figure, folder / "study_curves.svg")
 
-    reference = read(study, PARTS[0])[REFERENCE]
     rows: list[tuple[str, list[float]]] = []
     for part in PARTS:
-        if part.has_reference:
+        if reference := reference_of(study, part):
             found = {name: runs for name, runs in read(study, part).items() if runs != reference}
             rows += [(part.title, [])] * bool(found)
             rows += [(name, differences(runs, reference)) for name, runs in found.items()]

@@ -51,9 +51,10 @@ lr() {  # main and tuned have the two between
     run lr knowledge_distillation $few kd_ratio=0,1 optimizer.lr=5e-4,4e-3
 }
 
-divergence() {
-    run divergence knowledge_distillation $few \
-        kd_loss.name=reverse_kl,jsd,symmetric_kl,skew_forward_kl,skew_reverse_kl,total_variation
+divergence() {  # at both learning rates, of which some may bear the higher one less than others
+    local names=kd_loss.name=reverse_kl,jsd,symmetric_kl,skew_forward_kl,skew_reverse_kl,total_variation
+    run divergence knowledge_distillation $few $names
+    run divergence_tuned knowledge_distillation $few $names optimizer.lr=1e-3
 }
 
 temperature() {

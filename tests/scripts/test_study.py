@@ -91,22 +91,20 @@ def test_tables(tmp_path: Path) -> None:
     finish(tmp_path, "temperature", [({"kd_loss.temperature": "2", "seed": "1"}, [3.0, 2.6])])
     of_rate = {"kd_ratio": "0", "seed": "1"}
     finish(tmp_path, "lr", [({**of_rate, "optimizer.lr": rate}, [3.0, 2.7]) for rate in ("4e-3", "5e-4")])
+    finish(tmp_path, "tuned", [({"kd_ratio": "1", "seed": "1"}, [3.0, 1.9])])
+    finish(tmp_path, "divergence_tuned", [({"kd_loss.name": "jsd", "seed": "1"}, [3.0, 2.2])])
     # 0.5 and 0.3 ahead: 0.4 on average, with 0.1 of error. 2.45 is first passed at step 20, where both average 2.45.
     assert "0.400 nats ahead, standard error 0.1000 over 2 seeds: 4 of them" in script["claim"](tmp_path, "main")
     assert "2.450, has been reached with the teacher by step 20" in script["claim"](tmp_path, "main")
     lines = "\n".join(script["tables"](tmp_path)).splitlines()
     assert "| teacher alone | 2 | 2.050 ± 0.071 | 0.2050 ± 0.0071 | 0.5000 ± 0.0000 |  |" in lines
     assert "| labels alone | 2 | 2.450 ± 0.071 | 0.2450 ± 0.0071 | 0.5000 ± 0.0000 | +0.400 ± 0.100 |" in lines
-    rates = [line.split(" |")[0] for line in lines if ", lr 0" in line]
+    rates = [line.split(" |")[0].removeprefix("| ") for line in lines if ", lr 0" in line]
     assert rates == [
-        f"| {which}"
-        for which in (
-            "labels alone, lr 0.0005",
-            "labels alone, lr 0.002",
-            "labels alone, lr 0.004",
-            "teacher alone, lr 0.002",
-        )
+        *("labels alone, lr 0.0005", "labels alone, lr 0.002", "labels alone, lr 0.004"),
+        *("teacher alone, lr 0.001", "teacher alone, lr 0.002"),
     ]
+    assert "| jsd | 1 | 2.2000 | 0.2200 | 0.5000 | +0.300 |" in lines  # to the same learning rate
     assert "| temperature 2 | 1 | 2.6000 | 0.2600 | 0.5000 | +0.500 |" in lines  # to the same seed
 
 
