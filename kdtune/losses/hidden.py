@@ -266,7 +266,8 @@ class _Distance(torch.autograd.Function):
         for s_block, t_block, is_counted in blocks:
             with torch.enable_grad():
                 wide = s_block.to(dtype).detach().requires_grad_()
-                part = (distance(wide, t_block.to(dtype)) * is_counted).sum()
+                # Not a product with 0: what does not count may be infinite, as beside a teacher that is not known there.
+                part = distance(wide, t_block.to(dtype)).where(is_counted, 0).sum()
                 (grad,) = torch.autograd.grad(part, wide)
             total += part.detach()
             grads.append(grad.to(s.dtype))

@@ -108,13 +108,18 @@ def test_zeros_and_equals_have_a_gradient(name: Any) -> None:
     assert torch.autograd.grad(value.sum(), s)[0].isfinite().all()
 
 
-def test_a_teacher_of_the_labelled_positions_alone() -> None:
-    """As a cache of hidden states has it."""
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_a_teacher_of_the_labelled_positions_alone(name: Any) -> None:
+    """As a cache of hidden states has it. At the others the teacher is 0, of which a student is infinitely many."""
     student, teacher, labels = problem()
-    loss = HiddenLoss([Pair("s0", "t0", "mse")])
+    student = {key: (100 * value).detach().requires_grad_() for key, value in student.items()}
+    loss = HiddenLoss([Pair("s0", "t0", name)])
     whole = loss(student, targets(teacher), labels, 7)
     part = loss(student, targets({"t0": teacher["t0"][labels != IGNORE]}), labels, 7)
+    assert part.isfinite().all()
     assert torch.equal(whole, part)
+    (of_whole,), (of_part,) = (torch.autograd.grad(value.sum(), student["s0"]) for value in (whole, part))
+    assert torch.equal(of_whole, of_part)
 
 
 def test_all_tokens_but_padding() -> None:
