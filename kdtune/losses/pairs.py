@@ -76,12 +76,12 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
                 "and may have a loss."
             )
         distance: Any = given.get("loss", cfg.name)
-        _check_known(distance, (*get_args(DistanceName), "none"), f"{where}.loss")
+        _check_known(distance, (*get_args(DistanceName), "none"), f"{where}.loss", "distance")
         names = []
         for role, known in (("student", student), ("teacher", teacher)):
             names.append(written_out(given[role], f"{where}.{role}"))
             for name in names[-1]:
-                _check_known(name, known, f"{where}.{role}")
+                _check_known(name, known, f"{where}.{role}", "module")
         if len(names[0]) != len(names[1]):
             raise ValueError(
                 f"{where}: {given['student']} are {len(names[0])} modules and {given['teacher']} are {len(names[1])}: "
@@ -161,10 +161,10 @@ def written_out(name: str, where: str = "the name") -> list[str]:
     return [f"{prefix}{number}{suffix}" for number in numbers]
 
 
-def _check_known(name: str, known: Sequence[str], where: str) -> None:
+def _check_known(name: str, known: Sequence[str], where: str, kind: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, cutoff=0)
-        raise ValueError(f"{where}={name}: there is no such. Did you mean {near[0]}? {_range_of(known)}".rstrip())
+        raise ValueError(f"{where}={name}: no such {kind}. Did you mean {near[0]}? {_range_of(known)}".rstrip())
 
 
 def _range_of(known: Sequence[str]) -> str:

@@ -260,7 +260,7 @@ SAME = {"student": "model.norm", "teacher": "model.norm"}
         ({}, "hidden_loss.pairs is empty"),
         ({"pairs": [{"student": "model.norm"}]}, r"pairs\[0\] has student\. A pair is"),
         ({"pairs": [SAME | {"losses": "mse"}]}, r"has student, teacher, losses\."),
-        ({"pairs": [SAME | {"loss": "mes"}]}, r"pairs\[0\].loss=mes: there is no such. Did you mean mse\?"),
+        ({"pairs": [SAME | {"loss": "mes"}]}, r"pairs\[0\].loss=mes: no such distance. Did you mean mse\?"),
         ({"pairs": [SAME, SAME | {"student": "norm"}]}, r"pairs\[1\].student=norm.* Did you mean model.norm\?"),
         (
             {"pairs": [SAME | {"teacher": "model.layers.8.mlp"}]},
