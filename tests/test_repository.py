@@ -30,53 +30,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *PACKAGE.rglob("*.md")])
 
-# What a part of the library may import of it, beside itself; a part that is not listed may import any but the launcher.
-MAY_IMPORT = {
-    "config": set[str](),
-    "losses": {"config"},
-    "devices": set[str](),
-    "documents": {"devices"},
-    "files": set[str](),
-    "models": {"config", "documents", "dtensors", "stage"},
-    "optim": {"config", "dtensors", "models", "stage"},
-    "stage": set[str](),
-    "pipeline_parallel": {"dtensors", "models", "stage"},
-    "tokenizers": {"config"},
-    "data": {"config", "devices", "documents", "files", "tokenizers"},
-    "teacher_cache": {
-        "checkpoint",
-        "config",
-        "data",
-        "files",
-        "tokenizers",
-    },  # most for convert.py
-    "teacher": {
-        *("checkpoint", "config", "data", "devices", "distributed", "dtensors", "losses", "models"),
-        *("preflight", "teacher_cache", "tokenizers"),
-    },
-    "checkpoint": {"config", "distributed", "dtensors", "files", "models", "pipeline_parallel", "tokenizers"},
-    "distributed": {
-        *("config", "data", "devices", "models", "stage"),
-        *("context_parallel", "pipeline_parallel", "tensor_parallel"),
-    },
-    "context_parallel": {"models"},
-    "tensor_parallel": {"dtensors", "losses", "models"},
-    "dtensors": set[str](),
-    "pruning": {"config", "data", "models"},
-    "generation": {"config", "documents", "models", "printable", "tokenizers"},
-    "evaluation": {
-        *("config", "data", "distributed", "documents", "generation", "losses", "metrics", "models", "tokenizers"),
-    },
-    "printable": set[str](),
-    "reporting": {"evaluation", "printable"},  # of evaluation what needs no torch
-    "conversion": set[str](),
-    "cli": {
-        *("cli", "config", "conversion", "data", "evaluation", "files", "launching", "memory", "planning"),
-        *("printable", "reporting"),
-    },
-    "launching": {"distributed"},
-}
-
 
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -99,11 +52,37 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def is_part(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+
+
 def part(module: str) -> str | None:
     """The part of the library that a module is in: `models` of kdtune.models.decoder."""
     names = module.split(".")
-    is_part = len(names) > 1 and ((PACKAGE / names[1]).is_dir() or (PACKAGE / f"{names[1]}.py").is_file())
-    return names[1] if names[0] == "kdtune" and is_part else None
+    return names[1] if names[0] == "kdtune" and len(names) > 1 and is_part(names[1]) else None
+
+
+def allowed() -> dict[str, set[str]]:
+    """What each part of the library may import of it, beside itself, as CONTRIBUTING.md says."""
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    return {
+        name: {other for other in re.findall(r"`(\w+)`", others) if is_part(other)} - {name}
+        for names, others in rows
+        for name in re.findall(r"`(\w+)`", names)
+        if is_part(name)
+    }
+
+
+MAY_IMPORT = allowed()
+
+
+def test_table_of_imports() -> None:
+    assert MAY_IMPORT["losses"] == {"config"}
+    assert MAY_IMPORT["dtensors"] == set()
+    assert not [name for name, others in MAY_IMPORT.items() if "cli" in others]
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert MAY_IMPORT.keys() == packages | modules
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=relative)
@@ -112,11 +91,26 @@ def test_library_imports(path: Path) -> None:
     others = {part(module) for module in imported(path)} - {None, own}
     if own != "__main__":
         assert "cli" not in others, "the launcher is imported by nobody"
-    assert others <= MAY_IMPORT.get(own, others)
+    if own not in ("__init__", "__main__"):
+        assert others <= MAY_IMPORT[own]
     tops = {module.partition(".")[0] for module in imported(path)}
     assert not tops & {"recipes", "transformers", "peft"}
     if own in ("config", "cli", "printable", "reporting", "__init__", "__main__"):
         assert "torch" not in tops
+
+
+@pytest.mark.parametrize("path", [*sorted(PACKAGE.rglob("*.py")), *RECIPES], ids=relative)
+def test_nothing_is_long(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 500
+    for function in ast.walk(parse(path)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        docstring = function.body[0] if ast.get_docstring(function) else None
+        skipped = range(docstring.lineno, (docstring.end_lineno or 0) + 1) if docstring else range(0)
+        numbers = range(function.lineno, (function.end_lineno or 0) + 1)
+        code = [number for number in numbers if lines[number - 1].strip() and number not in skipped]
+        assert len(code) <= 80, function.name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
