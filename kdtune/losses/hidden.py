@@ -266,7 +266,7 @@ class _Distance(torch.autograd.Function):
         for s_block, t_block, is_counted in blocks:
             with torch.enable_grad():
                 wide = s_block.to(dtype).detach().requires_grad_()
-                # Not a product with 0: what does not count may be infinite, as beside a teacher that is not known there.
+                # Not a product: what does not count may be infinite, as where a cached teacher is not known.
                 part = distance(wide, t_block.to(dtype)).where(is_counted, 0).sum()
                 (grad,) = torch.autograd.grad(part, wide)
             total += part.detach()
