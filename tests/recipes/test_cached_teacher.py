@@ -15,6 +15,7 @@ import tiny_runs
 from tiny_runs import assert_same_answers, cache, distil_from_cache
 
 from kdtune import planning
+from kdtune.cli import catalog
 from kdtune.cli.main import main
 from kdtune.cli.recipe import load_module
 from kdtune.config import load
@@ -35,6 +36,16 @@ KINDS = {
 def raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistakes reach the test as they were raised."""
     monkeypatch.setenv("KDTUNE_TRACEBACK", "1")
+
+
+@pytest.mark.parametrize("recipe", ["cache_teacher_logits", "cache_served_teacher"])
+def test_tiny_caches_are_of_the_rows_that_tiny_runs_learn_from(recipe: str) -> None:
+    cached, learned = (
+        load(load_module(catalog.find_recipe(name)).Config, catalog.find_config("tiny", name), [])
+        for name in (recipe, "knowledge_distillation")
+    )
+    for section in ("dataset", "dataset_val", "tokenizer"):
+        assert getattr(cached, section) == getattr(learned, section)
 
 
 def assert_close(one: Path, other: Path, tolerance: float) -> None:
