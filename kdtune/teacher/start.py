@@ -125,8 +125,9 @@ def find_teacher(cfg: Any) -> FoundTeacher:
         if found != cache.card.teacher.fingerprint:
             raise ValueError(
                 f"teacher.cache_dir={folder} has the answers of another teacher ({cache.card.teacher.name}) than "
-                f"teacher_checkpointer.checkpoint_dir={live.checkpoint_dir}: their weights differ. Leave one of them "
-                "out, or ask this one with cache_teacher_logits."
+                f"teacher_checkpointer.checkpoint_dir={live.checkpoint_dir}, as far as can be told (its weights: "
+                f"{cache.card.teacher.fingerprint}; these: {found}). Learn from the answers alone with "
+                "teacher_checkpointer=null, or ask this one with cache_teacher_logits."
             )
     if not (cache.folder / TOKENIZER).is_dir():
         raise ValueError(

@@ -103,11 +103,18 @@ def test_a_student_learns_from_it(kind: str, server: tuple[StandIn, str], tiny: 
 
 
 def test_the_tiny_config(server: tuple[StandIn, str], tmp_path: Path) -> None:
+    """It has what tiny runs learn from, and are validated on."""
     stand_in, url = server
     stand_in.max_seq_len = 512
     stand_in.model = checkpoint.load_model(tiny_runs.TEACHER_ASSETS, dtype=torch.float32, device="cpu").eval()
-    main(["run", "cache_served_teacher", "--config", "tiny", f"server.url={url}", f"output_dir={tmp_path / 'cache'}"])
-    assert len(TeacherCache(tmp_path / "cache")) == 7, "one of the 8 prompts is too long"
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    main(["run", "cache_served_teacher", "--config", "tiny", f"server.url={url}", f"output_dir={cache}"])
+    assert len(TeacherCache(cache)) == 24 + 4
+    learn = ["run", "knowledge_distillation", "--config", "tiny", f"teacher.cache_dir={cache}", f"output_dir={run}"]
+    with pytest.raises(ValueError, match=r"served as \S+; these: .* with teacher_checkpointer=null"):
+        main(learn)
+    main([*learn, "teacher_checkpointer=null"])
+    assert len(tiny_runs.steps(run)) == 4
 
 
 def test_what_fails_is_asked_again(server: tuple[StandIn, str], tiny: Path, tmp_path: Path) -> None:
