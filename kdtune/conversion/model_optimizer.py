@@ -88,6 +88,7 @@ def _distillation(given: Given) -> None:
     heads = given.peek("logit_layers")
     is_head = isinstance(heads, list) and all(head in ("output_layer", "lm_head") for head in heads)
     given.tell("unneeded" if is_head else "lost", "logit_layers", "the heads' logits are compared, and no others.")
+    given.tell("unneeded", "_target_", "no class is looked up: what is known of it are its settings.")
     for name in ("criterion", "loss_balancer"):
         if given.peek(name) is None:
             given.tell("unneeded", name, "the losses are those that the other settings name.")

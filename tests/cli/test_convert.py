@@ -475,9 +475,11 @@ def test_model_optimizer(tmp_path: Path, convert: Any) -> None:
     assert (1 - found.kd_ratio) * found.ce_loss.weight == 1  # LM + 3 KD sg(LM / KD)
     assert (found.kd_ratio * found.kd_loss.weight, found.kd_loss.balance) == (3, True)
 
-    settings = convert({"model": {"kd_config": {"kd_loss_alpha": 0.9}, "num_layers": 4}})
-    assert settings[0] == {"kd_ratio": 0.9}
-    assert "model.num_layers=4: model folders are named instead" in settings[1]
+    written = {"_target_": "megatron.bridge.ModelOptDistillConfig", "kd_loss_alpha": 0.9}  # as Megatron Bridge saves it
+    settings, told = convert({"model": {"kd_config": written, "num_layers": 4}})
+    assert settings == {"kd_ratio": 0.9}
+    assert "model.num_layers=4: model folders are named instead" in told
+    assert "model.kd_config._target_" not in told.partition("Not needed here:")[0]
 
 
 def test_pairs_of_modules(tmp_path: Path, convert: Any) -> None:
