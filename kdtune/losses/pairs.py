@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
@@ -67,40 +67,12 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
             f"hidden_loss.projection_init={cfg.projection_init} is about a projection, and hidden_loss.projection is "
             "null. Set it to shared or per_pair, or leave projection_init out."
         )
-    found: list[Pair] = []
-    for number, given in enumerate(cfg.pairs):
-        where = f"hidden_loss.pairs[{number}]"
-        if not {"student", "teacher"} <= given.keys() <= {"student", "teacher", "loss"}:
-            raise ValueError(
-                f"{where} has {', '.join(given) or 'nothing'}. A pair is {{student: ..., teacher: ...}}, "
-                "and may have a loss."
-            )
-        distance: Any = given.get("loss", cfg.name)
-        _check_known(distance, (*get_args(DistanceName), "none"), f"{where}.loss", "distance")
-        names = []
-        for role, known in (("student", student), ("teacher", teacher)):
-            names.append(written_out(given[role], f"{where}.{role}"))
-            for name in names[-1]:
-                _check_known(name, known, f"{where}.{role}", "module")
-        if len(names[0]) != len(names[1]):
-            raise ValueError(
-                f"{where}: {given['student']} are {len(names[0])} modules and {given['teacher']} are {len(names[1])}: "
-                "each of one side needs its own of the other. A range may have a step, as in {0..30..2}."
-            )
-        distance = None if distance == "none" else distance
-        found += [Pair(one, other, distance) for one, other in zip(*names, strict=True)]
-    for pair in found:
-        of_heads = [".self_attn." in name for name in pair[:2]]
-        if (pair.distance == "relation") is not all(of_heads) or any(of_heads) is not all(of_heads):
-            raise ValueError(
-                f"hidden_loss.pairs has {pair.student} with {pair.teacher} and loss {pair.distance}: relation compares "
-                "queries, keys or values, such as model.layers.0.self_attn.keys, and nothing else does."
-            )
-    if cfg.relation_heads is not None and all(pair.distance != "relation" for pair in found):
-        raise ValueError(
-            f"hidden_loss.relation_heads={cfg.relation_heads} is about pairs with loss: relation, and there are none. "
-            "Leave it out."
-        )
+    found = [
+        pair
+        for number, given in enumerate(cfg.pairs)
+        for pair in _expanded(given, cfg.name, student, teacher, f"hidden_loss.pairs[{number}]")
+    ]
+    _check_relations(found, cfg.relation_heads)
     for pair in found:
         if found.count(pair) > 1:
             raise ValueError(f"hidden_loss.pairs has {pair.student} with {pair.teacher} twice. Leave one of them out.")
@@ -116,6 +88,47 @@ def pairs_of(cfg: HiddenLossConfig, student: Sequence[str], teacher: Sequence[st
             "goes on from the teacher's output all the same. Set that, or leave the pair out."
         )
     return found
+
+
+def _expanded(
+    given: Mapping[str, str], default: DistanceName, student: Sequence[str], teacher: Sequence[str], where: str
+) -> list[Pair]:
+    """One of the given pairs, or as many as its ranges have numbers; `where` is its name in the settings."""
+    if not {"student", "teacher"} <= given.keys() <= {"student", "teacher", "loss"}:
+        raise ValueError(
+            f"{where} has {', '.join(given) or 'nothing'}. A pair is {{student: ..., teacher: ...}}, "
+            "and may have a loss."
+        )
+    distance: Any = given.get("loss", default)
+    _check_known(distance, (*get_args(DistanceName), "none"), f"{where}.loss", "distance")
+    names = []
+    for role, known in (("student", student), ("teacher", teacher)):
+        names.append(written_out(given[role], f"{where}.{role}"))
+        for name in names[-1]:
+            _check_known(name, known, f"{where}.{role}", "module")
+    if len(names[0]) != len(names[1]):
+        raise ValueError(
+            f"{where}: {given['student']} are {len(names[0])} modules and {given['teacher']} are {len(names[1])}: "
+            "each of one side needs its own of the other. A range may have a step, as in {0..30..2}."
+        )
+    distance = None if distance == "none" else distance
+    return [Pair(one, other, distance) for one, other in zip(*names, strict=True)]
+
+
+def _check_relations(pairs: Sequence[Pair], relation_heads: int | None) -> None:
+    """Refuse relations of what has no heads, heads that are compared otherwise, and a setting of none."""
+    for pair in pairs:
+        of_heads = [".self_attn." in name for name in pair[:2]]
+        if any(of_heads) is not all(of_heads) or (pair.distance == "relation") is not all(of_heads):
+            raise ValueError(
+                f"hidden_loss.pairs has {pair.student} with {pair.teacher} and loss {pair.distance}: relation compares "
+                "queries, keys or values, such as model.layers.0.self_attn.keys, and nothing else does."
+            )
+    if relation_heads is not None and all(pair.distance != "relation" for pair in pairs):
+        raise ValueError(
+            f"hidden_loss.relation_heads={relation_heads} is about pairs with loss: relation, and there are none. "
+            "Leave it out."
+        )
 
 
 def _check_blocks(
