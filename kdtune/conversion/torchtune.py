@@ -317,7 +317,11 @@ def _checkpointing(given: Given, has_teacher: bool) -> None:
             settings["activation_checkpointing_mode"] = "selective"
             why = "some layers are recomputed there; here all are, but for their products."
             given.note("different", "ac_option", given.take("ac_option"), why)
-    given.tell("unneeded" if given.peek("ac_mode") is None else "lost", "ac_mode", "none of its modes is meant by it.")
+    if given.peek("ac_mode") is None:
+        given.tell("unneeded", "ac_mode", "there is none.")
+    if given.peek("enable_activation_checkpointing"):
+        given.tell("different", "ac_mode", "beside enable_activation_checkpointing it has nothing recomputed there.")
+    given.tell("lost", "ac_mode", "kdtune knows full and selective.")
     given.tell("unneeded", "ac_option", "it says which layers of a selective ac_mode, which is not given.")
     is_checkpointing = given.peek("enable_activation_checkpointing")
     given.copy("enable_activation_checkpointing")

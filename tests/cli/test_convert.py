@@ -432,6 +432,10 @@ def test_activation_checkpointing_by_mode(
     assert {key: value for key, value in found.settings.items() if "activation" in key} == ours
     told = [what for kind, what, _ in found.notes if kind == "different" and what.startswith("ac_")]
     assert told == (["ac_option=2"] if option == "2" else [])
+    found = conversion.convert(lora | {"ac_mode": mode, "ac_option": option, "enable_activation_checkpointing": True})
+    assert found.settings["enable_activation_checkpointing"]
+    told = [why for _, what, why in found.notes if what == f"ac_mode={mode}"]
+    assert told == (["beside enable_activation_checkpointing it has nothing recomputed there."] if mode else [])
 
 
 @pytest.mark.parametrize(
