@@ -21,7 +21,7 @@ def offloaded(model: Decoder) -> None:
 
 
 def compiled(model: Decoder) -> None:
-    compile_layers(model, backend="aot_eager")
+    compile_layers(model, backend="eager")
 
 
 WAYS = (checkpointed, selective, offloaded, compiled)

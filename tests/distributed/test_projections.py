@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from slow import marked, wanted
 from steps import Lengths, check_same, resume, save_pair, train
 
 from kdtune.distributed import ParallelConfig
@@ -40,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {
     "hybrid_tensor": (4, ParallelConfig(tensor=2, data_replicate=2), SHARED),
     "context_tensor": (4, ParallelConfig(context=2, tensor=2), SHARED),
 }
+SLOW = {"offloaded", "hybrid_tensor", "context_tensor"}
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,10 @@ def alone(name: str) -> str:
     return "adapter_alone" if "lora" in settings else "each_alone" if settings is EACH else "shared_alone"
 
 
-def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
+def work(names: Sequence[str], size: int, models: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, (of_size, parallel, settings) in LAYOUTS.items():
+    for name in names:
+        of_size, parallel, settings = LAYOUTS[name]
         if of_size == size:
             found[name] = train(models, parallel, folder / name, LENGTHS, **settings)
             kept = folder / alone(name) / "kept"
@@ -68,30 +71,27 @@ def work(size: int, models: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-NAMES = [name if size == 2 else pytest.param(name, marks=pytest.mark.slow) for name, (size, *_) in LAYOUTS.items()]
+NAMES = marked(LAYOUTS, SLOW)
 
 
 @pytest.fixture(scope="module")
 def found(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[dict[str, Any], Path]:
-    """What the processes found; and the folder with what they wrote. Of four only if a slow test asks for them."""
-    is_slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
-    sizes = (2, 4) if is_slow else (2,)
+    """What the processes found; and the folder with what they wrote."""
+    names = wanted(LAYOUTS, SLOW, request)
     folder = tmp_path_factory.mktemp("runs")
     one, numbers = ParallelConfig(), {}
-    for name in ("sharded", "offloaded", "adapter", "relations"):
+    for name in ("sharded", "context", "adapter", "relations"):
         numbers[alone(name)] = train(models, one, folder / alone(name), LENGTHS, **LAYOUTS[name][2])
-    for size in sizes:
-        first, *others = ranks.run(size, work, folder, size, models, folder)
+    for size in sorted({LAYOUTS[name][0] for name in names}):
+        first, *others = ranks.run(size, work, folder, names, size, models, folder)
         for other in others:  # what is logged is the same on every process
             torch.testing.assert_close(other, first, rtol=0, atol=0)
         numbers |= first
-    for name, (size, _, settings) in LAYOUTS.items():
-        if size not in sizes:
-            continue
+    for name in names:
         kept = folder / name / "kept"
-        numbers[f"alone from {name}"] = resume(models, one, kept, folder / "resumed", LENGTHS, **settings)
+        numbers[f"alone from {name}"] = resume(models, one, kept, folder / "resumed", LENGTHS, **LAYOUTS[name][2])
     return numbers, folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import ranks
 import tiny_runs
 import torch
 from safetensors.torch import load_file
+from slow import marked, wanted
 from steps import offload_without_a_gpu
 
 from kdtune import distributed, preflight
@@ -47,16 +49,18 @@ RUNS = {  # what is run, settings of two processes, and those of one as well
     "pipeline": (tiny_runs.distil, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
     "finetune_pipeline": (tiny_runs.finetune, ["parallel.pipeline=2"], ["checkpointer.checkpoint_dir={}/teacher"]),
 }
+SLOW = {"offloaded", "finetune_pipeline"}
 GENERATING = ("tensor", "data_shard", "pipeline", "data_replicate")
 PAIR = {"checkpointer": "student", "teacher_checkpointer": "teacher"}
 TWO_HEADS = {"num_key_value_heads": 2}  # those of `tiny` have one, which cannot be split
 HALVES = ["save_every_n_steps=4", "max_steps=6", "enable_activation_checkpointing=true", "optimizer.name=adamw_8bit"]
 
 
-def work(tiny: Path, folder: Path) -> None:
+def work(tiny: Path, folder: Path, names: Sequence[str]) -> None:
     offload_without_a_gpu()
     preflight.check_offloading = lambda *_: None  # which would say that on the CPU all is there
-    for name, (recipe, of_two, of_both) in RUNS.items():
+    for name in names:
+        recipe, of_two, of_both = RUNS[name]
         ranks.meet_at_another_port(folder / f"port_of_{name}")
         settings = [*HALVES, *(setting.format(folder) for setting in of_both), *of_two, *tiny_runs.validated_on(tiny)]
         recipe(tiny, folder / name, *settings, "max_steps=4", "sample_prompts=[How many]", "sample_max_new_tokens=3")
@@ -183,15 +187,15 @@ def test_tasks_in_two_processes(in_two: Path, tiny: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
-    ranks.run(2, work, folder, tiny, folder)
+    ranks.run(2, work, folder, tiny, folder, wanted(RUNS, SLOW, request))
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS, SLOW))
 def test_a_run_of_two_processes(name: str, tiny: Path, in_two: Path, tmp_path: Path) -> None:
     recipe, _, of_both = RUNS[name]
     settings = [setting.format(in_two) for setting in of_both]

@@ -7,7 +7,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from slow import marked, wanted
 from steps import LENGTHS, Traffic, Training, check_same, contents, resume, train, write
 
 from kdtune import checkpoint, distributed, metrics
@@ -48,10 +49,6 @@ WAYS: dict[str, tuple[int, ParallelConfig, dict[str, Any]]] = {  # what else is 
     "dora": (4, ParallelConfig(data_replicate=2), {"lora": LoraConfig(rank=3, save_merged=True, **WHOLE_TOO)}),
 }
 SLOW = {"sharded_4", "in_backward", "dora"}  # of four processes: what two do, too, or one that is hybrid
-
-
-def marked(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +123,6 @@ def growth(folder: Path) -> list[float]:
     return ranks.gather((metrics.peak_memory_gib(ranks.device) * 2**30 - before) / total)
 
 
-def traffic(models: Path, parallel: ParallelConfig, **settings: Any) -> list[int]:
-    """Of a step."""
-    training = Training(models, parallel, **settings)
-    training.step(1)
-    with Traffic() as traffic:
-        training.step(2)
-    return [traffic.gathered, traffic.scattered]
-
-
 def fill_disk(models: Path, folder: Path) -> list[str]:
     """What is said where the disk of one process is full: for weights, and for the optimizer's state."""
     training = Training(models, ParallelConfig())
@@ -162,12 +150,14 @@ def work(size: int, models: Path, folder: Path, left_out: set[str]) -> dict[str,
     for name, parallel in LAYOUTS[size].items():
         if f"{name}_{size}" in left_out:
             continue
-        found[f"traffic {name}"] = traffic(models, parallel)
-        found[name] = train(models, parallel, folder / f"{name}_{size}")
+        traffic = Traffic()
+        found[name] = train(models, parallel, folder / f"{name}_{size}", traffic=traffic)
+        found[f"traffic {name}"] = [traffic.gathered, traffic.scattered]
     for name, (of_size, parallel, settings) in WAYS.items():
         if of_size == size and name not in left_out:
-            found[f"traffic {name}"] = traffic(models, parallel, **settings)
-            found[name] = train(models, parallel, folder / f"{name}_{size}", FEW, **settings)
+            traffic = Traffic()
+            found[name] = train(models, parallel, folder / f"{name}_{size}", FEW, traffic, **settings)
+            found[f"traffic {name}"] = [traffic.gathered, traffic.scattered]
             found[f"from {name}"] = resume(
                 models, parallel, folder / f"{name}_1" / "kept", folder / "resumed", FEW, **settings
             )
@@ -184,8 +174,7 @@ def found(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[dict[str, Any], Path]:
     """By layout and number of processes, what they found; and the folder with what they wrote."""
-    is_slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
-    left_out = set() if is_slow else SLOW
+    left_out = SLOW.difference(wanted(SLOW, SLOW, request))
     ways = {name: way for name, way in WAYS.items() if name not in left_out}
     folder = tmp_path_factory.mktemp("runs")
     numbers = {"alone_1": train(models, ParallelConfig(), folder / "alone_1")}
@@ -204,7 +193,7 @@ def found(
     return numbers, folder
 
 
-RUNS = marked(f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layouts)
+RUNS = marked([f"{name}_{size}" for size, layouts in LAYOUTS.items() for name in layouts], SLOW)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -236,7 +225,7 @@ def test_a_run_goes_on_with_any_number_of_processes(start: str, size: int, found
     torch.testing.assert_close(resumed, expected[1:], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", marked(WAYS))
+@pytest.mark.parametrize("name", marked(WAYS, SLOW))
 def test_what_else_is_trained(name: str, found: tuple[dict[str, Any], Path]) -> None:
     """Steps, and what is written, are those of one process; and each goes on from the other's checkpoint."""
     numbers, folder = found
@@ -259,7 +248,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {key: weight for path in folder.glob("*.safetensors") for key, weight in load_file(path).items()}
 
 
-@pytest.mark.parametrize("name", marked(["adapter", "quantised", "dora"]))
+@pytest.mark.parametrize("name", marked(["adapter", "quantised", "dora"], SLOW))
 def test_nothing_of_frozen_weights_is_reduced(name: str, models: Path, found: tuple[dict[str, Any], Path]) -> None:
     """And where each process has them, they are not gathered."""
     size, _, settings = WAYS[name]
@@ -270,7 +259,7 @@ def test_nothing_of_frozen_weights_is_reduced(name: str, models: Path, found: tu
     itemsize = settings.get("dtype", torch.float64).itemsize
     assert scattered == itemsize * num_trained
     if name == "quantised":
-        rows_per_step = -(-len(LENGTHS) // size)
+        rows_per_step = -(-len(FEW) // size)
         trained_and_teacher = 2 * num_trained + num_gathered(models, "teacher", layers=True)
         assert gathered == pytest.approx(rows_per_step * itemsize * trained_and_teacher, rel=0.03)
 

@@ -15,6 +15,7 @@ import ranks
 import real_steps
 from harness import most_allocated
 from real_steps import KD, STUDENT, TEACHER
+from slow import marked, wanted
 
 from kdtune import distributed, planning
 from kdtune.models import from_hf_config, parameter_shapes
@@ -82,15 +83,14 @@ def by_kind(sent: Mapping[Any, float]) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """By case, of the first of two processes. All of them only if a slow test asks."""
-    is_slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
-    cases = [name for name in CASES if is_slow or name not in SLOW]
+    cases = wanted(CASES, SLOW, request)
     folder = tmp_path_factory.mktemp("models")
     real_steps.write_model(folder / "teacher", TEACHER)
     first: dict[str, Any] = ranks.run(2, work, folder, folder, cases)[0]
     return first
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
+@pytest.mark.parametrize("name", marked(CASES, SLOW))
 def test_a_process_holds_and_sends_what_is_planned(name: str, found: dict[str, Any], tmp_path: Path) -> None:
     plan, real = planned(tmp_path, *CASES[name], per_node=2), found[name]
     assert real["planned"] == plan.device.total, "whether the others are there or not"
