@@ -257,7 +257,7 @@ def test_rounding_in_training_resumes_too(
 # kill -9: no handler, no finally, no flush. The processes are forks of one that has imported torch.
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 from pathlib import Path
 
 import torch
@@ -267,6 +267,7 @@ from kdtune.cli import main
 
 torch.set_num_threads(1)  # there must be no threads where it forks
 tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())  # its own is one for all processes: who is killed with it leaves it locked
 
 
 def run(argv, kill_at=None, seconds=None):
