@@ -123,6 +123,7 @@ def test_processes_and_a_peer_that_is_not_there(run: Run) -> None:
     assert all("pip install" in line for line in left_out), "the cure"
 
 
+@pytest.mark.slow
 def test_a_set_is_found_again_in_the_cache() -> None:
     command = [sys.executable, BENCHMARKS / "large_set.py", "--rows", "50", "--workers", "0"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -186,8 +186,8 @@ def fill(schema: Any, path: Path | None) -> list[str]:
     """Overrides that give a value to the settings that a config leaves to its user, and to no other."""
     placeholder = {"str": "x", "int": "1", "float": "1"}
     kinds = {
-        setting.key: setting.choices[0] if setting.choices else placeholder.get(setting.type, "[]")
-        for setting in config.describe(schema)
+        key: setting.choices[0] if setting.choices else placeholder.get(setting.type, "[]")
+        for key, setting in described(schema).items()
     }
     try:
         config.load(schema, path, [])
@@ -307,11 +307,15 @@ def schemas() -> list[Any]:
 
 
 @functools.cache
+def described(schema: Any) -> dict[str, config.Setting]:
+    return {setting.key: setting for setting in config.describe(schema)}
+
+
+@functools.cache
 def takes(schema: Any, key: str, text: str) -> bool:
     """Whether a recipe has the setting and accepts the value."""
-    keys = {setting.key for setting in config.describe(schema)}
-    if key not in keys:  # unless it is in a section that the user names
-        return any(re.fullmatch(re.escape(known).replace("<name>", "[a-z]+"), key) for known in keys)
+    if key not in described(schema):  # unless it is in a section that the user names
+        return any(re.fullmatch(re.escape(known).replace("<name>", "[a-z]+"), key) for known in described(schema))
     others = [pair for pair in fill(schema, None) if pair.partition("=")[0] != key]
     if not PLACEHOLDER.search(text):
         config.load(schema, None, [*others, f"{key}={text}"])
@@ -322,7 +326,7 @@ def takes(schema: Any, key: str, text: str) -> bool:
 def test_documented_settings(page: Path) -> None:
     """Every `key=value` and every `section.key` in the text is a setting of some recipe."""
     every = schemas()
-    known = {setting.key: setting.is_section for schema in every for setting in config.describe(schema)}
+    known = {key: setting.is_section for schema in every for key, setting in described(schema).items()}
     for code in inline_code(page):
         if code.startswith("key="):  # settings in general
             continue
@@ -343,9 +347,7 @@ def test_documented_yaml(page: Path, tmp_path: Path) -> None:
     for number, text in enumerate(blocks(page, "yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text)
-        (schema,) = [
-            schema for schema in schemas() if "kd_ratio" in {setting.key for setting in config.describe(schema)}
-        ]
+        (schema,) = [schema for schema in schemas() if "kd_ratio" in described(schema)]
         config.load(schema, path, fill(schema, path))
 
 

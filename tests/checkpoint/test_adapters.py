@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,6 +76,8 @@ def logits(model: nn.Module) -> Tensor:
 
 def theirs(model: Any, path: Path, **config: Any) -> Any:
     """PEFT's adapter of a transformers model, which does something, saved to `path`."""
+    import peft  # late: it takes seconds
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tied embeddings
         torch.manual_seed(3)  # PEFT draws from the global generator
@@ -90,6 +91,8 @@ def theirs(model: Any, path: Path, **config: Any) -> Any:
 def test_peft_reads_ours(
     family: str, kind: str, oracle: Callable[..., Any], hf_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
+    import peft
+
     lora = LoraConfig(rank=4, **KINDS[kind])
     folder = hf_folder(family)
     model = adapted(folder, lora)
@@ -240,6 +243,8 @@ def test_merging_holds_one_weight_more(
 
 
 def test_the_folder_is_that_of_peft(hf_folder: Callable[..., Path], tmp_path: Path) -> None:
+    import peft
+
     folder = hf_folder("llama")
     for lora, expected in (
         (LoraConfig(), ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),

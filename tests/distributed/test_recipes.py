@@ -167,6 +167,7 @@ def answers_in_two(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_tasks_in_two_processes(in_two: Path, tiny: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kdtune[eval]'")
     (in_two / "tasks").mkdir()

@@ -106,7 +106,7 @@ def alone() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_layers_that_several_processes_hold_are_one_piece(packed: bool, alone: dist.ProcessGroup) -> None:
     """Of sharded weights and sliced rows; a number that belongs to a sharded layer may change, for the compiler."""
     model, expected = build(), build()
