@@ -70,7 +70,6 @@ def work(tiny: Path, folder: Path, names: Sequence[str]) -> None:
 
 def continuations(folder: Path, *settings: str) -> str:
     """What `generate` draws after four prompts."""
-    (folder / "prompts.txt").write_text("Tom has\nHow many\nQuestion: A baker\nHe\n")
     out = folder / "out.jsonl"
     given = [f"checkpointer.checkpoint_dir={folder / 'teacher'}", f"prompts_file={folder / 'prompts.txt'}"]
     given += ["temperature=1", "max_new_tokens=6", "batch_size=3", "device=cpu", "dtype=fp32", f"output_file={out}"]
@@ -192,6 +191,7 @@ def in_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest
     folder = tmp_path_factory.mktemp("in_two")
     tiny_runs.write_model(folder / "student", seed=1, **TWO_HEADS, num_hidden_layers=1)
     tiny_runs.write_model(folder / "teacher", seed=0, **TWO_HEADS, initializer_range=0.1)
+    (folder / "prompts.txt").write_text("Tom has\nHow many\nQuestion: A baker\nHe\n")
     ranks.run(2, work, folder, tiny, folder, wanted(RUNS, SLOW, request))
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,9 +44,11 @@ TEACHER = STUDENT | {
 
 
 def write_config(folder: Path, hf_config: dict[str, Any]) -> Path:
-    """A folder without weights."""
+    """A folder without weights, whole at any moment: several processes may write the same one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config))
+    aside = folder / f"config.{os.getpid()}.tmp"
+    aside.write_text(json.dumps(hf_config))
+    aside.rename(folder / "config.json")
     return folder
 
 
